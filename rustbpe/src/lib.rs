@@ -1,0 +1,4 @@
+//! BPE
+#[cfg(feature = "python")]
+#[pyo3::pymodule]
+mod rustbpe {}
