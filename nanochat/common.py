@@ -224,7 +224,9 @@ def parse_config(
     first = [
         x for k, v in preset_values.items() for x in ("--" + k.replace("_", "-"), v)
     ]
-    return tyro.cli(config_class, args=first + argv, prog=f"python -m scripts.{stage}")
+    program = f"python -m scripts.{stage}"
+    plain = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(config_class, args=first + argv, prog=program, config=plain)
 
 # %% ../nbs/01_introduction.ipynb #824b5688
 def run_cli(
