@@ -1,4 +1,90 @@
-//! BPE
+//! Byte pair encoding in three steps, each in a file of its own.
+//!
+//! 1. [`split`] cuts text into chunks that no token may cross.
+//! 2. [`train`] counts the chunks and learns merges, most frequent pair first.
+//! 3. [`encode`] replays the merges on new text, and undoes them.
+//!
+//! ```
+//! use rustbpe::{Tokenizer, Trainer, NANOCHAT_PATTERN};
+//!
+//! let mut trainer = Trainer::new(NANOCHAT_PATTERN)?;
+//! trainer.feed(&["low lower lowest", "slow slower slowest"])?;
+//! let tokenizer = Tokenizer::new(trainer.train(256 + 3)?, NANOCHAT_PATTERN)?;
+//!
+//! let ids = tokenizer.encode("slowly")?;
+//! assert_eq!(ids.len(), 4); // "s", "low", "l", "y"
+//! assert_eq!(tokenizer.decode(&ids)?, b"slowly");
+//! # Ok::<(), rustbpe::Error>(())
+//! ```
+//!
+//! The feature `python` adds the extension module that Python imports as `rustbpe`.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod encode;
 #[cfg(feature = "python")]
-#[pyo3::pymodule]
-mod rustbpe {}
+mod python;
+pub mod split;
+pub mod train;
+
+pub use encode::Tokenizer;
+pub use split::{Splitter, GPT4_PATTERN, NANOCHAT_PATTERN};
+pub use train::Trainer;
+
+use std::fmt;
+
+/// The number of a token: bytes are 0 to 255, the k-th merge is 256 + k.
+pub type Id = u32;
+
+/// Two tokens that stand next to each other.
+pub type Pair = (Id, Id);
+
+// [error]
+/// Everything that can go wrong. Nothing in this crate panics on its input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Error {
+    /// The split pattern is not a valid regular expression.
+    Pattern(String),
+    /// The regex engine gave up on a text, for instance after too much backtracking.
+    Split(String),
+    /// The pattern matches nothing at this byte of a text, which would be lost.
+    Gap(usize),
+    /// A vocabulary must hold at least the 256 bytes and at most `u32::MAX` tokens.
+    VocabSize(usize),
+    /// The list of tokens cannot be a vocabulary, for the reason given.
+    Ranks(String),
+    /// There is no token with this number in a vocabulary of this size.
+    UnknownId(Id, usize),
+    /// The caller asked to stop.
+    Interrupted,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Pattern(why) => write!(f, "invalid split pattern: {why}"),
+            Error::Split(why) => write!(f, "the split pattern failed on a text: {why}"),
+            Error::Gap(at) => write!(
+                f,
+                "the split pattern matches nothing at byte {at} of a text; end it with an \
+                 alternative that matches any character, such as |(?s:.)"
+            ),
+            Error::VocabSize(n) => write!(
+                f,
+                "vocab_size is {n}, but it must be at least 256 (one token per byte) \
+                 and below 2^32"
+            ),
+            Error::Ranks(why) => write!(f, "these ranks are no vocabulary: {why}"),
+            Error::UnknownId(id, size) => {
+                write!(f, "token {id} is not in a vocabulary of {size} tokens")
+            }
+            Error::Interrupted => write!(f, "training was interrupted"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+// [/error]
+
+/// A result whose error is this crate's [`enum@Error`].
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,199 @@
+//! Step 3: text to tokens and back.
+//!
+//! Inside a chunk, the pair of neighbours whose merge has the lowest rank is merged first, the
+//! leftmost one among equals, until no pair is left that makes a token.
+//!
+//! A pair may be merged when its bytes together are a token. (This is tiktoken's rule. For
+//! ranks that come from training it says the same as "when this very pair was learned".)
+
+use crate::{Error, Id, Pair, Result, Splitter};
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Chunks up to this many bytes are merged by scanning, longer ones with a heap.
+const SHORT: usize = 100;
+
+const NONE: u32 = u32::MAX;
+
+// [tokenizer]
+/// A vocabulary with its split pattern.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    splitter: Splitter,
+    tokens: Vec<Box<[u8]>>,
+    ids: FxHashMap<Box<[u8]>, Id>,
+    merges: FxHashMap<Pair, Id>,
+    bytes: [Id; 256],
+}
+
+impl Tokenizer {
+    /// The 256 bytes and one token per merge, in the order of the merges.
+    pub fn new(merges: Vec<Pair>, pattern: &str) -> Result<Self> {
+        let mut tokens: Vec<Box<[u8]>> = (0..=255).map(|b| [b].into()).collect();
+        for pair in merges {
+            let part = |id: Id| {
+                tokens
+                    .get(id as usize)
+                    .ok_or(Error::UnknownId(id, tokens.len()))
+            };
+            let token = [part(pair.0)?.as_ref(), part(pair.1)?.as_ref()].concat();
+            tokens.push(token.into());
+        }
+        Self::from_tokens(tokens, pattern)
+    }
+
+    /// A vocabulary from its tokens in the order of their ids.
+    pub fn from_tokens(tokens: Vec<Box<[u8]>>, pattern: &str) -> Result<Self> {
+        let splitter = Splitter::new(pattern)?;
+        let mut ids = FxHashMap::default();
+        for (id, token) in tokens.iter().enumerate() {
+            if let Some(first) = ids.insert(token.clone(), id as Id) {
+                let why = format!("tokens {first} and {id} have the same bytes");
+                return Err(Error::Ranks(why));
+            }
+        }
+        let mut bytes = [0; 256];
+        for (byte, id) in (0..=255_u8).zip(&mut bytes) {
+            let missing = || Error::Ranks(format!("no token for the single byte {byte}"));
+            *id = *ids.get([byte].as_slice()).ok_or_else(missing)?;
+        }
+        let mut merges = FxHashMap::default();
+        for (id, token) in tokens.iter().enumerate() {
+            for cut in 1..token.len() {
+                let (left, right) = token.split_at(cut);
+                if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                    merges.insert((left, right), id as Id);
+                }
+            }
+        }
+        Ok(Self {
+            splitter,
+            tokens,
+            ids,
+            merges,
+            bytes,
+        })
+    }
+
+    /// The tokens in the order of their ids.
+    pub fn tokens(&self) -> &[Box<[u8]>] {
+        &self.tokens
+    }
+
+    /// The split pattern.
+    pub fn pattern(&self) -> &str {
+        self.splitter.pattern()
+    }
+
+    /// Encode one text.
+    pub fn encode(&self, text: &str) -> Result<Vec<Id>> {
+        let mut out = Vec::with_capacity(text.len() / 3);
+        self.splitter
+            .for_each(text, |chunk| self.encode_chunk(chunk.as_bytes(), &mut out))?;
+        Ok(out)
+    }
+
+    /// Encode many texts on all cores.
+    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S]) -> Result<Vec<Vec<Id>>> {
+        texts
+            .par_iter()
+            .map(|text| self.encode(text.as_ref()))
+            .collect()
+    }
+
+    /// The bytes of a list of tokens. They need not be valid UTF-8.
+    pub fn decode(&self, ids: &[Id]) -> Result<Vec<u8>> {
+        let mut out = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            let unknown = Error::UnknownId(id, self.tokens.len());
+            out.extend_from_slice(self.tokens.get(id as usize).ok_or(unknown)?);
+        }
+        Ok(out)
+    }
+}
+// [/tokenizer]
+
+impl Tokenizer {
+    /// Append the tokens of one chunk.
+    fn encode_chunk(&self, chunk: &[u8], out: &mut Vec<Id>) {
+        if let Some(&id) = self.ids.get(chunk) {
+            return out.push(id);
+        }
+        if chunk.len() <= SHORT {
+            self.merge_short(chunk, out);
+        } else {
+            self.merge_long(chunk, out);
+        }
+    }
+
+    // [short]
+    /// Scan for the lowest rank, merge there, repeat: quadratic, and fastest for a short chunk.
+    fn merge_short(&self, chunk: &[u8], out: &mut Vec<Id>) {
+        let start = out.len();
+        out.extend(chunk.iter().map(|&b| self.bytes[b as usize]));
+        let rank = |a: Id, b: Id| self.merges.get(&(a, b)).copied().unwrap_or(NONE);
+        // ranks[i] is the rank of the pair (i, i + 1); the last one has no right neighbour.
+        let mut ranks = [NONE; SHORT];
+        for i in 1..chunk.len() {
+            ranks[i - 1] = rank(out[start + i - 1], out[start + i]);
+        }
+        let mut len = chunk.len();
+        while let Some((best, i)) = (0..len).map(|i| (ranks[i], i)).min() {
+            if best == NONE {
+                break;
+            }
+            out[start + i] = best;
+            out.remove(start + i + 1);
+            ranks.copy_within(i + 1..len, i);
+            len -= 1;
+            let ids = &out[start..];
+            ranks[i] = if i + 1 < len {
+                rank(ids[i], ids[i + 1])
+            } else {
+                NONE
+            };
+            if i > 0 {
+                ranks[i - 1] = rank(ids[i - 1], ids[i]);
+            }
+        }
+    }
+    // [/short]
+
+    // [long]
+    /// A heap of candidates over a linked list: O(n log n) for a chunk of any length.
+    fn merge_long(&self, chunk: &[u8], out: &mut Vec<Id>) {
+        let n = chunk.len();
+        let mut ids: Vec<Id> = chunk.iter().map(|&b| self.bytes[b as usize]).collect();
+        // Neighbours in the list; n stands for "none".
+        let mut next: Vec<usize> = (1..=n).collect();
+        let mut prev: Vec<usize> = (0..n).map(|i| i.checked_sub(1).unwrap_or(n)).collect();
+        let mut alive = vec![true; n];
+        let rank = |ids: &[Id], i: usize, j: usize| match (ids.get(i), ids.get(j)) {
+            (Some(&a), Some(&b)) => self.merges.get(&(a, b)).copied(),
+            _ => None,
+        };
+        let mut heap: BinaryHeap<Reverse<(Id, usize)>> = (0..n)
+            .filter_map(|i| rank(&ids, i, i + 1).map(|r| Reverse((r, i))))
+            .collect();
+        while let Some(Reverse((best, i))) = heap.pop() {
+            // Stale where the left part is gone, or has other neighbours than it had.
+            if !alive[i] || rank(&ids, i, next[i]) != Some(best) {
+                continue;
+            }
+            let gone = next[i];
+            ids[i] = best;
+            alive[gone] = false;
+            next[i] = next[gone];
+            if next[i] < n {
+                prev[next[i]] = i;
+            }
+            heap.extend(rank(&ids, i, next[i]).map(|r| Reverse((r, i))));
+            let left = prev[i];
+            heap.extend(rank(&ids, left, i).map(|r| Reverse((r, left))));
+        }
+        out.extend((0..n).filter(|&i| alive[i]).map(|i| ids[i]));
+    }
+    // [/long]
+}

@@ -1,0 +1,164 @@
+//! The Python module: converts arguments, releases the GIL, turns errors into `ValueError`.
+//! No algorithm lives here.
+
+use crate::{Error, Id, Trainer, GPT4_PATTERN};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyValueError};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyBytes, PyIterator, PyString};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Interrupted => PyKeyboardInterrupt::new_err(()),
+            error => PyValueError::new_err(error.to_string()),
+        }
+    }
+}
+
+// [pyclass]
+/// A byte pair encoding tokenizer; without training it knows the 256 bytes.
+#[pyclass(module = "rustbpe")]
+struct Tokenizer {
+    inner: crate::Tokenizer,
+}
+// [/pyclass]
+
+#[pymethods]
+impl Tokenizer {
+    #[new]
+    fn new() -> PyResult<Self> {
+        let inner = crate::Tokenizer::new(Vec::new(), GPT4_PATTERN)?;
+        Ok(Self { inner })
+    }
+
+    // [pytrain]
+    /// Learn a vocabulary of vocab_size tokens from an iterable of strings.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    fn train_from_iterator(
+        &mut self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: usize,
+        buffer_size: usize,
+        pattern: Option<&str>,
+    ) -> PyResult<()> {
+        let pattern = pattern.unwrap_or(GPT4_PATTERN);
+        let mut trainer = Trainer::new(pattern)?;
+        crate::train::check(vocab_size)?;
+        let mut texts = Texts::new(iterator)?;
+        loop {
+            let buffer = texts.take(buffer_size.max(1))?;
+            if buffer.is_empty() {
+                break;
+            }
+            py.detach(|| trainer.feed(&buffer))?;
+            py.check_signals()?;
+        }
+        let merges = py.detach(|| trainer.train_with(vocab_size, go_on))?;
+        self.inner = py.detach(|| crate::Tokenizer::new(merges, pattern))?;
+        Ok(())
+    }
+    // [/pytrain]
+
+    /// Make a tokenizer from (bytes, rank) pairs and a split pattern.
+    #[staticmethod]
+    fn from_ranks(ranks: Vec<(Vec<u8>, Id)>, pattern: &str) -> PyResult<Self> {
+        let mut ranks = ranks;
+        ranks.sort_by_key(|(_, rank)| *rank);
+        for (i, (_, rank)) in ranks.iter().enumerate() {
+            if *rank as usize != i {
+                let why = format!(
+                    "ranks must be 0, 1, 2, ..., but {i} is missing or {rank} occurs twice"
+                );
+                return Err(Error::Ranks(why).into());
+            }
+        }
+        let tokens = ranks.into_iter().map(|(token, _)| token.into()).collect();
+        let inner = crate::Tokenizer::from_tokens(tokens, pattern)?;
+        Ok(Self { inner })
+    }
+
+    /// The split pattern.
+    fn get_pattern(&self) -> &str {
+        self.inner.pattern()
+    }
+
+    /// All tokens as (bytes, rank), lowest rank first.
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
+        let tokens = self.inner.tokens().iter().enumerate();
+        tokens
+            .map(|(rank, token)| (PyBytes::new(py, token), rank))
+            .collect()
+    }
+
+    /// The number of tokens.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.inner.tokens().len()
+    }
+
+    // [pyencode]
+    /// Encode one text.
+    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<Vec<Id>> {
+        Ok(py.detach(|| self.inner.encode(&text))?)
+    }
+
+    /// Encode many texts on all cores.
+    fn encode_batch(&self, py: Python<'_>, texts: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<Id>>> {
+        let texts = Texts::new(texts)?.take(usize::MAX)?;
+        Ok(py.detach(|| self.inner.encode_batch(&texts))?)
+    }
+
+    /// The bytes of a list of tokens.
+    fn decode<'py>(&self, py: Python<'py>, ids: Vec<Id>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.inner.decode(&ids)?))
+    }
+    // [/pyencode]
+}
+
+// [texts]
+/// A Python iterable of strings that can say which item is not one.
+struct Texts<'py> {
+    items: Bound<'py, PyIterator>,
+    seen: usize,
+}
+
+impl<'py> Texts<'py> {
+    fn new(iterable: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if iterable.is_instance_of::<PyString>() {
+            let why = "expected an iterable of strings, got one string; put it in a list";
+            return Err(PyValueError::new_err(why));
+        }
+        let items = iterable.try_iter()?;
+        Ok(Self { items, seen: 0 })
+    }
+
+    /// The next `n` strings, fewer at the end. They borrow Python's own UTF-8, uncopied.
+    fn take(&mut self, n: usize) -> PyResult<Vec<PyBackedStr>> {
+        let mut buffer = Vec::new();
+        while buffer.len() < n {
+            let Some(item) = self.items.next() else { break };
+            let item = item?;
+            let text = item.extract().map_err(|error| {
+                let kind = item.get_type();
+                PyValueError::new_err(format!("item {} ({kind}) is not text: {error}", self.seen))
+            })?;
+            buffer.push(text);
+            self.seen += 1;
+        }
+        Ok(buffer)
+    }
+}
+// [/texts]
+
+/// Asked before each merge: every 256 merges, let Python look at its signals.
+fn go_on(merges: usize) -> bool {
+    merges % 256 != 0 || Python::attach(|py| py.check_signals()).is_ok()
+}
+
+#[pymodule]
+mod rustbpe {
+    #[pymodule_export]
+    use super::Tokenizer;
+}

@@ -1,0 +1,234 @@
+//! Step 2: learn merges from text.
+//!
+//! Three phases. With N bytes of text, W different chunks of S bytes in all, and M merges:
+//!
+//! 1. **Count** every chunk: O(N), in parallel. Memory is O(S): text is not kept.
+//! 2. **Index** every pair of neighbours: how often, and in which words. O(S).
+//! 3. **Merge** the most frequent pair, M times. A heap finds it, the index finds its words,
+//!    and only the neighbours of merged pairs change their counts.
+//!
+//! Ties are part of the contract: the highest count wins, and among equals the pair with the
+//! smaller ids, compared left first. The result is the same for any number of threads, any
+//! order of the documents, and any size of the batches that `feed` is called with.
+
+use crate::{Error, Id, Pair, Result, Splitter};
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Is this a possible size of a vocabulary?
+pub fn check(vocab_size: usize) -> Result<()> {
+    if vocab_size < 256 || Id::try_from(vocab_size).is_err() {
+        return Err(Error::VocabSize(vocab_size));
+    }
+    Ok(())
+}
+
+/// Counts chunks of text, then learns merges from them.
+#[derive(Debug)]
+pub struct Trainer {
+    splitter: Splitter,
+    counts: FxHashMap<Box<str>, u64>,
+}
+
+// [count]
+impl Trainer {
+    /// A trainer that has seen no text yet.
+    pub fn new(pattern: &str) -> Result<Self> {
+        Ok(Self {
+            splitter: Splitter::new(pattern)?,
+            counts: FxHashMap::default(),
+        })
+    }
+
+    /// Phase 1: split documents in parallel and add up how often each chunk occurs.
+    ///
+    /// Every thread counts in a map of its own, whose keys borrow from the documents. Only a
+    /// chunk that the trainer has never seen is copied.
+    pub fn feed<S: AsRef<str> + Sync>(&mut self, docs: &[S]) -> Result<()> {
+        let per_job = docs.len().div_ceil(4 * rayon::current_num_threads()).max(1);
+        let partial = docs
+            .par_chunks(per_job)
+            .map(|docs| self.count(docs))
+            .collect::<Result<Vec<_>>>()?;
+        for (chunk, n) in partial.into_iter().flatten() {
+            match self.counts.get_mut(chunk) {
+                Some(count) => *count += n,
+                None => {
+                    self.counts.insert(chunk.into(), n);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count<'t, S: AsRef<str>>(&self, docs: &'t [S]) -> Result<FxHashMap<&'t str, u64>> {
+        let mut counts = FxHashMap::default();
+        for doc in docs {
+            self.splitter
+                .for_each(doc.as_ref(), |chunk| *counts.entry(chunk).or_insert(0) += 1)?;
+        }
+        Ok(counts)
+    }
+}
+// [/count]
+
+// [word]
+/// A chunk as token ids, and how often it occurs in the text.
+#[derive(Debug)]
+struct Word {
+    ids: Vec<Id>,
+    count: u64,
+}
+
+impl Word {
+    /// Replace each `pair` by `new`, left to right, and report how pair counts change.
+    ///
+    /// `change(p, false)` means one `p` less in this word, `change(p, true)` one more.
+    fn merge(&mut self, pair: Pair, new: Id, mut change: impl FnMut(Pair, bool)) {
+        let (a, b) = pair;
+        let mut write = 0; // ids[..write] is the new word so far
+        let mut read = 0;
+        while read < self.ids.len() {
+            let here = self.ids[read];
+            if here == a && self.ids.get(read + 1) == Some(&b) {
+                if write > 0 {
+                    let left = self.ids[write - 1];
+                    change((left, a), false);
+                    change((left, new), true);
+                }
+                change(pair, false);
+                if let Some(&right) = self.ids.get(read + 2) {
+                    change((b, right), false);
+                    change((new, right), true);
+                }
+                self.ids[write] = new;
+                read += 2;
+            } else {
+                self.ids[write] = here;
+                read += 1;
+            }
+            write += 1;
+        }
+        self.ids.truncate(write);
+    }
+}
+// [/word]
+
+// [index]
+/// How often a pair occurs, and in which words it was ever seen.
+///
+/// The count is exact. The list may name a word that has lost the pair since, or one word
+/// twice; merging there finds nothing and does no harm.
+#[derive(Debug, Default)]
+struct Entry {
+    count: u64,
+    words: Vec<u32>,
+}
+
+impl Entry {
+    fn saw(&mut self, word: u32) {
+        if self.words.last() != Some(&word) {
+            self.words.push(word);
+        }
+    }
+}
+
+/// Phase 2: count every pair of neighbours, weighted by the word's count.
+fn index(words: &[Word]) -> FxHashMap<Pair, Entry> {
+    let mut pairs: FxHashMap<Pair, Entry> = FxHashMap::default();
+    for (i, word) in words.iter().enumerate() {
+        for pair in word.ids.windows(2) {
+            let entry = pairs.entry((pair[0], pair[1])).or_default();
+            entry.count += word.count;
+            entry.saw(i as u32);
+        }
+    }
+    pairs
+}
+// [/index]
+
+// [merge]
+impl Trainer {
+    /// Learn merges until the vocabulary has `vocab_size` tokens, or nothing is left to merge.
+    ///
+    /// Returns the merges in order: the k-th one makes token 256 + k.
+    pub fn train(self, vocab_size: usize) -> Result<Vec<Pair>> {
+        self.train_with(vocab_size, |_| true)
+    }
+
+    /// Like `train`, and asks `go_on` before each merge, with the number of merges so far.
+    pub fn train_with(
+        self,
+        vocab_size: usize,
+        mut go_on: impl FnMut(usize) -> bool,
+    ) -> Result<Vec<Pair>> {
+        check(vocab_size)?;
+        let mut words = self.words();
+        let mut pairs = index(&words);
+
+        // Phase 3. The heap's order is the contract: highest count first, then smallest pair.
+        let mut heap: BinaryHeap<(u64, Reverse<Pair>)> = pairs
+            .iter()
+            .map(|(&pair, entry)| (entry.count, Reverse(pair)))
+            .collect();
+        let mut merges = Vec::new();
+        while merges.len() < vocab_size - 256 {
+            let Some((count, Reverse(pair))) = heap.pop() else {
+                break;
+            };
+            // Lazy: counts of old pairs only fall, so an entry that is out of date is too
+            // high, comes up too early, and is put back with its true count.
+            let now = pairs.get(&pair).map_or(0, |entry| entry.count);
+            if now < count {
+                if now > 0 {
+                    heap.push((now, Reverse(pair)));
+                }
+                continue;
+            }
+            if !go_on(merges.len()) {
+                return Err(Error::Interrupted);
+            }
+            let new = (256 + merges.len()) as Id;
+            merges.push(pair);
+            let places = pairs.remove(&pair).unwrap_or_default().words;
+            let mut born = FxHashMap::<Pair, Entry>::default();
+            for i in places {
+                let word = &mut words[i as usize];
+                let n = word.count;
+                word.merge(pair, new, |changed, more| {
+                    let is_new = changed.0 == new || changed.1 == new;
+                    if is_new && more {
+                        let entry = born.entry(changed).or_default();
+                        entry.count += n;
+                        entry.saw(i);
+                    } else if is_new {
+                        born.entry(changed).or_default().count -= n;
+                    } else if let Some(entry) = pairs.get_mut(&changed) {
+                        entry.count -= n;
+                    }
+                });
+            }
+            // Only pairs with the new token can have gained, so only they enter the heap.
+            for (pair, entry) in born.into_iter().filter(|(_, e)| e.count > 0) {
+                heap.push((entry.count, Reverse(pair)));
+                pairs.insert(pair, entry);
+            }
+        }
+        Ok(merges)
+    }
+
+    /// Every chunk with a pair in it, as bytes. Sorted, so that runs repeat exactly.
+    fn words(self) -> Vec<Word> {
+        let counts = self.counts.into_iter().filter(|(chunk, _)| chunk.len() > 1);
+        let mut counts: Vec<_> = counts.collect();
+        counts.par_sort_unstable();
+        let word = |(chunk, count): (Box<str>, u64)| Word {
+            ids: chunk.bytes().map(Id::from).collect(),
+            count,
+        };
+        counts.into_iter().map(word).collect()
+    }
+}
+// [/merge]
