@@ -53,9 +53,9 @@ def cross_entropy(
     "Negative log-probability of the targets, in at least float32."
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'")
-    z = upcast(logits).flatten(0, -2)
+    z = upcast(logits).reshape(-1, logits.size(-1))
     how = "none" if reduction == "none" else "sum"
-    loss = F.cross_entropy(z, targets.flatten(), ignore_index=-1, reduction=how)
+    loss = F.cross_entropy(z, targets.reshape(-1), ignore_index=-1, reduction=how)
     if reduction == "none":
         return loss.view(targets.shape)
     if reduction == "sum":
