@@ -1,0 +1,58 @@
+# The commands of this repository; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup test check export book pdf bench data lock clean
+export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
+# Two cores are shared by many small matrices here: one thread each is the fastest.
+export OMP_NUM_THREADS ?= 1
+export TORCHDYNAMO_DISABLE ?= 1
+export MPLBACKEND := agg
+BUILD := book/_build
+SPHINX := python -m sphinx -q -W --keep-going -c book
+CARGO := cargo
+CRATE := --manifest-path rustbpe/Cargo.toml
+PYTHON_FILES := nbs scripts tests dev book nanochat/_nbdev.py
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## make .venv with everything in it; the second time it does nothing
+	@bash dev/setup.sh dev
+
+test: setup ## run every notebook, pytest and cargo test
+	$(CARGO) test -q $(CRATE)
+	python -m pytest
+
+check: setup book ## what must hold before a commit: linters, export, book, sizes
+	ruff check $(PYTHON_FILES)
+	ruff format --check $(PYTHON_FILES)
+	$(CARGO) fmt --check $(CRATE)
+	$(CARGO) clippy -q --all-targets $(CRATE) -- -D warnings
+	python dev/check.py
+
+export: setup ## notebooks to nanochat/*.py, formatted and cleaned
+	ruff format -q nbs
+	nbdev-export
+	nbdev-clean
+
+book: setup ## execute the chapters and render them to book/_build/html
+	$(SPHINX) nbs $(BUILD)/html
+	@echo "$(BUILD)/html/index.html"
+
+pdf: setup ## the same as one PDF, book/_build/nanochat-book.pdf
+	$(SPHINX) -t pdf -b singlehtml nbs $(BUILD)/single
+	python book/pdf.py $(BUILD)/single $(BUILD)/nanochat-book.pdf
+
+bench: setup ## measure the tokenizer crate
+	$(CARGO) bench $(CRATE)
+
+data: setup ## make nanochat/data again from its public sources
+	python dev/make_data.py
+
+lock: setup ## pin the newest versions in requirements/constraints.txt
+	uv pip compile -q --upgrade --universal --python-version 3.10 --no-header \
+	  --no-annotate --extra dev --extra book --extra data \
+	  -o requirements/constraints.txt pyproject.toml requirements/tools.in
+
+clean: ## remove what was built; notebooks, package and .venv stay
+	rm -rf $(BUILD) rustbpe/target .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

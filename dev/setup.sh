@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Make .venv ready; the second run finds nothing to do and needs no network.
+#
+#   bash dev/setup.sh run    what the pipeline needs (speedrun.sh calls this)
+#   bash dev/setup.sh dev    the same, plus tests, linters and the book (make calls this)
+#
+# Exit code 2 means: something of the system is missing; the last lines say what to type.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+level=${1:-dev}
+venv=$PWD/.venv
+python=$venv/bin/python
+rust_needed=1.83 # the oldest compiler that PyO3 accepts
+
+say() { printf '\033[1m[setup]\033[0m %s\n' "$*" >&2; }
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# ---- 1. Is there anything to do? The stamp is the hash of all that was installed from.
+key() {
+    cat pyproject.toml requirements/*.txt dev/setup.sh rustbpe/Cargo.* \
+        $(find rustbpe/src -name '*.rs' | LC_ALL=C sort) | cksum
+}
+imports() { # the modules that must be findable: a stamp may outlive what it stands for
+    local modules='"torch", "tyro", "rustbpe", "nanochat"'
+    [ "$level" = run ] || modules="$modules, \"nbdev\", \"pytest\", \"myst_nb\""
+    printf 'from importlib.util import find_spec as f\nassert all(map(f, [%s]))' "$modules"
+}
+fresh() {
+    local stamp=$venv/.stamp-$1
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(key)" ]
+}
+# A book needs Python 3.11; the package does not, so on 3.10 the extra installs nothing.
+if { fresh "$level" || fresh dev; } && "$python" -c "$(imports)" 2>/dev/null; then
+    exit 0
+fi
+case $level in
+    run) extras="" ;;
+    dev) extras="[dev,book,data]" ;;
+    *) fail "unknown level '$level': dev/setup.sh takes 'run' or 'dev'" ;;
+esac
+began=$SECONDS
+
+# ---- 2. System packages: install them as root, else say how.
+need() { # need WHAT PACKAGE... : WHY in words, then Debian's names
+    local what=$1
+    shift
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        say "installing $* ($what is missing)"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null \
+            || fail "$what is missing and 'apt-get install $*' failed"
+    elif command -v apt-get >/dev/null; then
+        fail "$what is missing. Run:  sudo apt-get install -y $*"
+    else
+        fail "$what is missing: install it (on Debian the packages are: $*)"
+    fi
+}
+
+usable() { # an interpreter that runs, is 3.10 to 3.13, and is not a shim to nothing
+    "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13)' 2>/dev/null
+}
+find_python() {
+    local name
+    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
+        if usable "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+    return 1
+}
+
+if ! "$python" -c "" 2>/dev/null; then
+    base=$(find_python) || { need "Python 3.10 to 3.13" python3 python3-venv; base=$(find_python); } \
+        || fail "no Python from 3.10 to 3.13 found; set PYTHON=/path/to/python3.12"
+    version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    "$base" -c "import ensurepip, venv" 2>/dev/null \
+        || need "the venv module of Python $version" "python$version-venv"
+    say "creating .venv with Python $version"
+    "$base" -m venv --clear "$venv"
+fi
+command -v cc >/dev/null || need "a C compiler" gcc libc6-dev
+
+# ---- 3. uv, from the virtual environment itself.
+if ! "$python" -m uv --version >/dev/null 2>&1; then
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+    pin=$(grep -h '^uv==' requirements/*.txt | cut -d' ' -f1)
+    say "installing ${pin:-uv}"
+    "$python" -m pip install -q --disable-pip-version-check "${pin:-uv}"
+fi
+
+# ---- 4. Rust: one on the path, rustup's, Debian's, or one that maturin can fetch.
+recent() { # recent CARGO : at least $rust_needed
+    local have
+    have=$("$1" --version 2>/dev/null | cut -d' ' -f2) || return 1
+    [ "$(printf '%s\n%s\n' "$rust_needed" "$have" | sort -V | head -n1)" = "$rust_needed" ]
+}
+candidate() { # candidate PACKAGE : Debian's newest version of it, if recent enough
+    local v
+    v=$(apt-cache policy "$1" 2>/dev/null | sed -n 's/ *Candidate: *//p')
+    [ -n "$v" ] && [ "$v" != "(none)" ] && dpkg --compare-versions "$v" ge "$rust_needed"
+}
+export PATH="$PATH:$HOME/.cargo/bin"
+if ! recent cargo; then
+    packages=""
+    if command -v apt-get >/dev/null; then
+        [ "$(id -u)" != 0 ] || apt-get update -qq >/dev/null 2>&1 || true
+        # Debian keeps `cargo` at the release's age and a newer `cargo-web` for browsers;
+        # their version numbers follow different rules, so both ask for rustc's.
+        for suffix in "" -web; do
+            if candidate "rustc$suffix"; then
+                packages="rustc$suffix cargo$suffix"
+                break
+            fi
+        done
+    fi
+    # shellcheck disable=SC2086 # two words on purpose
+    if [ -n "$packages" ]; then
+        need "Rust $rust_needed or newer" $packages
+        hash -r
+    fi
+    recent cargo || fail "Rust $rust_needed or newer is missing. Run:
+    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y
+and then this command again."
+fi
+
+# ---- 5. The package, its crate and the pinned versions of everything else.
+say "installing nanochat$extras (the first time some 3 GB, most of it PyTorch)"
+install() {
+    "$python" -m uv pip install --python "$python" -q "$@" \
+        --constraint requirements/constraints.txt -e ".$extras"
+}
+# Without a network the second attempt is content with what was downloaded before.
+install || { say "trying again without the network" && install --offline; }
+if [ "$level" = dev ]; then
+    cargo fetch -q --locked --manifest-path rustbpe/Cargo.toml
+fi
+
+# ---- 6. Remember it.
+key >"$venv/.stamp-$level"
+say "ready in $((SECONDS - began)) s"
