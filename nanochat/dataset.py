@@ -69,7 +69,7 @@ def validation_file(
     manifest = data_path("manifest.json")
     pinned = [f"shard_{HUB_SHARDS - 1:05d}.parquet"]
     if files[0].parent == data_path("pretrain"):
-        pinned = [json.loads(manifest.read_text())["validation"]]
+        pinned = [Path(json.loads(manifest.read_text())["validation"]).name]
     pinned += [name for name in names if Path(name).stem in ("val", "validation")]
     return next((names[name] for name in pinned if name in names), None)
 

@@ -1,0 +1,180 @@
+"""What base_train, mid_train and chat_sft share: continue or begin, train, record."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint
+from nanochat.chat_data import chat_batches
+from nanochat.common import UserError, compute_init, get_dist_info, print0, save_section
+from nanochat.dataloader import prefetch
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
+from nanochat.plan import ChatConfig, make_plan
+from nanochat.train import Run, train
+
+IDLE = {
+    "device",
+    "compile",
+    "overwrite",
+    "eval_every",
+    "save_every",
+}  # no effect on weights
+
+
+def settings_hash(*parts) -> str:
+    "Name a run by everything that determines its weights."
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_resume(folder, name: str, overwrite: bool):
+    "Return the checkpoint to continue from; None to begin; refuse another run's folder."
+    steps = checkpoint.list_steps(folder)
+    if not steps or overwrite:
+        return None
+    path = folder / f"step_{steps[-1]:06d}"
+    if checkpoint.read_meta(path)["settings"] != name:
+        raise UserError(
+            f"{folder} holds a run with other settings: choose another --tag, "
+            "or add --overwrite True to replace it"
+        )
+    return path
+
+
+def run_stage(
+    stage: str,  # name of the script
+    source: str,  # "base", "mid" or "sft": where the checkpoint goes
+    config,  # BaseConfig or ChatConfig
+    plan,  # steps, micro-batches
+    model,
+    tokenizer,
+    make_batches,  # function(cursors) -> this rank's batches, for ever
+    evaluators: list,  # (every, function() -> dict)
+    tag: str,
+    parent: str = "",  # hash of the weights that the stage starts from
+) -> dict:
+    "Train one stage, from wherever an interrupted run stopped."
+    world, device = get_dist_info()[2], model.get_device()
+    chosen = {k: v for k, v in dataclasses.asdict(config).items() if k not in IDLE}
+    settings = settings_hash(stage, chosen, tokenizer.fingerprint(), parent)
+    folder = checkpoint.checkpoint_folder(source, tag)
+    names = [f.name for f in dataclasses.fields(OptimConfig)]
+    rates = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    optimizer = setup_optimizer(model, OptimConfig(**rates))
+    path, meta, cursors = find_resume(folder, settings, config.overwrite), {}, None
+    if path is not None:
+        meta = checkpoint.read_meta(path)
+        if meta["step"] == plan.num_steps:
+            print0(f"{stage}: already finished, see {path}")
+            return meta["results"]
+        cursors = checkpoint.load_training_state(path, model, optimizer)
+        print0(f"{stage}: continuing from step {meta['step']} of {path}")
+    factor, fall = getattr(config, "lr_frac", 1.0), config.warmdown_ratio
+    rise, final = getattr(config, "warmup_ratio", 0.0), config.final_lr_frac
+    total = plan.num_steps
+
+    def save(step: int, cursors: dict, results: dict) -> None:
+        facts = {
+            "stage": stage,
+            "settings": settings,
+            "config": dataclasses.asdict(config),
+            "tokenizer": tokenizer.fingerprint(),
+            "results": results,
+        }
+        checkpoint.save(folder, step, model, optimizer, cursors, facts)
+
+    run = Run(
+        name=stage,
+        num_steps=total,
+        micro_batches=plan.micro_batches // world,
+        lr_scale=lambda step: factor * lr_scale(step, total, rise, fall, final),
+        momentum=muon_momentum,
+        evaluators=evaluators,
+        save=save,
+        save_every=config.save_every,
+        start=meta.get("step", 0),
+        results=meta.get("results", {}),
+    )
+    called = model
+    if config.compile and device.type == "cuda":
+        called = torch.compile(model, dynamic=False)
+    results = train(called, optimizer, prefetch(make_batches(cursors)), run)
+    facts = {
+        "parameters": model.num_params(),
+        "steps": total,
+        "tokens": total * plan.total_batch_size,
+        "flops": total * plan.total_batch_size * float(model.estimate_flops()),
+        **{
+            k: v
+            for k, v in results.items()
+            if not isinstance(v, float) or math.isfinite(v)
+        },
+    }
+    save_section(stage, facts)
+    return results
+
+
+def run_chat_stage(
+    stage: str,  # name of the script
+    sources: tuple[str, str],  # which checkpoint to continue, which to write
+    config: ChatConfig,
+    tasks: tuple,  # training and validation conversations
+    everything: bool,  # learn from every token, not only the assistant's
+) -> dict:
+    "Continue a model on conversations."
+    device, world = compute_init(config.device), get_dist_info()[2]
+    model, tokenizer, meta = checkpoint.load_model(
+        sources[0], device, config.source_tag
+    )
+    model.train()
+    B, T = config.device_batch_size, model.config.sequence_len
+    steps = config.num_iterations
+    if steps < 0:
+        steps = max(
+            1, count_rows(tokenizer, tasks[0], T) * T // config.total_batch_size
+        )
+    plan = make_plan(model.config, B, config.total_batch_size, steps, world_size=world)
+    print0(
+        f"{stage}: {len(tasks[0]):,} conversations, {steps} steps from {meta['path']}"
+    )
+
+    def stream(task, streams: int, cursors: dict | None = None):
+        return chat_batches(
+            tokenizer, task, B, T, device, streams, cursors, everything, config.seed
+        )
+
+    def validate() -> dict:
+        count = max(1, config.eval_tokens // (B * T * world))
+        with torch.inference_mode():
+            sizes = tokenizer.token_bytes().to(device)
+            return {
+                "val_bpb": evaluate_bpb(model, stream(tasks[1], world), count, sizes)
+            }
+
+    return run_stage(
+        stage,
+        sources[1],
+        config,
+        plan,
+        model,
+        tokenizer,
+        lambda cursors: stream(tasks[0], plan.micro_batches, cursors),
+        [(config.eval_every, validate)],
+        config.tag or Path(meta["path"]).parent.name,
+        meta["sha256"]["model.safetensors"],
+    )
+
+
+def count_rows(tokenizer, task, seq_len: int) -> int:
+    "Estimate how many packed rows one pass over a task fills, from a sample."
+    sample = range(0, len(task), max(1, len(task) // 1000))
+    sizes = [
+        len(tokenizer.render_conversation(task[i], max_tokens=seq_len + 1)[0])
+        for i in sample
+    ]
+    return max(1, round(sum(sizes) / len(sizes) * len(task) / seq_len))
