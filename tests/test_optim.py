@@ -1,0 +1,262 @@
+"""Optimizers on one rank: against torch, against the definition, and their state."""
+
+import pytest
+import torch
+from torch import nn
+
+from nanochat.adamw import AdamW, own_rows
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import METHODS, Muon, deal, orthogonalize
+from nanochat.optim import (
+    OptimConfig,
+    assign_roles,
+    lr_scale,
+    merge_state,
+    muon_momentum,
+    setup_optimizer,
+)
+
+
+def tiny_model(seed: int = 0) -> GPT:
+    model = GPT(GPTConfig(16, 32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights(seed)
+    return model
+
+
+def fill_grads(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("eps", [1e-8, 1e-10])
+def test_adamw_equals_torch(weight_decay, eps):
+    generator = torch.Generator().manual_seed(0)
+    ours = [
+        torch.randn(64, 8, generator=generator),
+        torch.randn(3, generator=generator),
+    ]
+    theirs = [p.clone() for p in ours]
+    options = dict(lr=0.01, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay)
+    a, b = AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(8):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+
+
+def test_adamw_skips_what_has_no_gradient():
+    p = torch.ones(3)
+    optimizer = AdamW([p], lr=0.1)
+    optimizer.step()
+    assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (3, 24, 48)])
+def test_singular_values_come_near_one(method, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalize(matrix, method))
+    low, high = (0.3, 1.3) if method == "newton-schulz" else (0.5, 1.2)
+    assert values.max() < high and values.median() > 0.6
+    assert (values > low).float().mean() > 0.9
+
+
+def test_orthogonalize_keeps_singular_vectors():
+    matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(2)).double()
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.mT @ orthogonalize(matrix) @ vt.mT
+    torch.testing.assert_close(inner, inner.diag().diag(), rtol=0, atol=1e-10)
+
+
+def test_orthogonalize_transposes():
+    wide = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(orthogonalize(wide.mT), orthogonalize(wide).mT)
+
+
+def test_orthogonalize_of_zero_is_zero():
+    assert orthogonalize(torch.zeros(2, 4, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (8, 8)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_equals_its_definition(shape, nesterov):
+    generator = torch.Generator().manual_seed(4)
+    p = torch.randn(shape, generator=generator)
+    want, average = p.clone(), torch.zeros(shape)
+    optimizer = Muon([p], lr=0.1, momentum=0.9, nesterov=nesterov)
+    for _ in range(3):
+        p.grad = torch.randn(shape, generator=generator)
+        average = 0.9 * average + 0.1 * p.grad
+        blend = 0.1 * p.grad + 0.9 * average if nesterov else average
+        scale = max(1, shape[0] / shape[1]) ** 0.5
+        want = want - 0.1 * scale * orthogonalize(blend)
+        optimizer.step()
+        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (128, 32)])
+def test_muon_learns_rectangles(shape):
+    generator = torch.Generator().manual_seed(5)
+    target = torch.randn(shape, generator=generator)
+    x = torch.randn(256, shape[1], generator=generator)
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([p], lr=0.3)
+    for step in range(200):
+        p.grad = None
+        loss = (x @ (p - target).T).square().mean()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / 200)
+        optimizer.step()
+    assert loss < 0.01 * (x @ target.T).square().mean()
+
+
+def test_cautious_decay_shrinks_only_with_the_update():
+    p = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    plain = p.clone()
+    for q, decay in ((p, 0.5), (plain, 0.0)):
+        q.grad = torch.eye(2)
+        Muon([q], lr=0.1, weight_decay=decay).step()
+    # The update lowers both: 1 shrinks (decay helps), -1 grows (decay would oppose).
+    assert p[0, 0] == pytest.approx(plain[0, 0].item() - 0.05)
+    assert p[1, 1] == plain[1, 1]
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match="takes matrices"):
+        Muon([torch.zeros(3)])
+    with pytest.raises(ValueError, match="newton-schulz"):
+        Muon([torch.zeros(3, 3)], method="cubic")
+
+
+def test_every_matrix_has_one_owner():
+    for count in range(1, 12):
+        for world in range(1, 6):
+            hands = deal(count, world)
+            assert sorted(i for hand in hands for i in hand) == list(range(count))
+            assert max(map(len, hands)) == len(hands[0]) == -(-count // world)
+
+
+def test_rows():
+    big, odd, small = torch.zeros(64, 32), torch.zeros(65, 32), torch.zeros(4, 4)
+    assert own_rows(big, 1, 2) == slice(32, 64)
+    assert own_rows(odd, 1, 2) is own_rows(small, 1, 2) is own_rows(big, 0, 1) is None
+
+
+def test_roles():
+    groups = assign_roles(tiny_model())
+    assert list(groups["embedding"]) == ["transformer.wte.weight"]
+    assert list(groups["unembedding"]) == ["lm_head.weight"]
+    assert len(groups["matrix"]) == 12 and set(groups) == {
+        "embedding",
+        "unembedding",
+        "matrix",
+    }
+
+
+def test_a_parameter_in_no_group_or_two_is_an_error():
+    model = tiny_model()
+    model.extra = nn.Linear(4, 4, bias=False)
+    with pytest.raises(ValueError, match=r"extra\.weight .* roles \[\]"):
+        setup_optimizer(model)
+    model = tiny_model()
+    model.lm_head.weight = model.transformer.wte.weight
+    with pytest.raises(ValueError, match="one tensor"):
+        setup_optimizer(model)
+
+
+def test_scalars_go_to_adamw():
+    model = tiny_model()
+    model.gain = nn.Parameter(torch.ones(2))
+    optimizers = setup_optimizer(model, OptimConfig(scalar_lr=0.5))
+    group = optimizers.parts["adamw"].param_groups[-1]
+    assert group["params"][0] is model.gain
+    assert group["lr"] == pytest.approx(0.5 * (16 / 768) ** -0.5)
+
+
+def test_rates_follow_width():
+    optimizers = setup_optimizer(tiny_model())
+    head, table = optimizers.parts["adamw"].param_groups
+    assert head["lr"] == pytest.approx(0.004 * (16 / 768) ** -0.5)
+    assert table["lr"] == pytest.approx(0.2 * (16 / 768) ** -0.5)
+    assert optimizers.parts["muon"].param_groups[0]["lr"] == 0.02
+
+
+def test_step_sets_rate_and_momentum():
+    optimizers = setup_optimizer(tiny_model())
+    optimizers.step(0.5, muon_momentum=0.9)
+    group = optimizers.parts["muon"].param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.01, 0.9)
+    optimizers.step()
+    assert (group["lr"], group["momentum"]) == (0.02, 0.9)
+
+
+def test_zero_grad_frees():
+    model = tiny_model()
+    optimizers = setup_optimizer(model)
+    fill_grads(model, 0)
+    optimizers.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_resume_equals_uninterrupted():
+    straight, resumed = tiny_model(), tiny_model()
+    a, b = setup_optimizer(straight), setup_optimizer(resumed)
+    for step in range(3):
+        for model, optimizers in ((straight, a), (resumed, b)):
+            fill_grads(model, step)
+            optimizers.step()
+    saved = {key: value.clone() for key, value in b.state_dict().items()}
+    b = setup_optimizer(resumed)
+    b.load_state_dict([saved])
+    for step in range(3, 6):
+        for model, optimizers in ((straight, a), (resumed, b)):
+            fill_grads(model, step)
+            optimizers.step(0.5, muon_momentum=0.9)
+    for p, q in zip(straight.parameters(), resumed.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_state_is_flat_tensors():
+    model = tiny_model()
+    optimizers = setup_optimizer(model)
+    assert set(optimizers.state_dict()) == {"meta/rank", "meta/world_size"}
+    fill_grads(model, 0)
+    optimizers.step()
+    state = optimizers.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert "muon/transformer.h.0.attn.c_q.weight/momentum" in state
+    assert "adamw/lm_head.weight/exp_avg_sq" in state
+
+
+def test_wrong_state_is_refused():
+    model = tiny_model()
+    optimizers = setup_optimizer(model)
+    fill_grads(model, 0)
+    optimizers.step()
+    state = optimizers.state_dict()
+    with pytest.raises(UserError, match="all 2 are needed"):
+        optimizers.load_state_dict([state | {"meta/world_size": torch.tensor(2)}])
+    with pytest.raises(UserError, match="which the model lacks"):
+        merge_state([state | {"adamw/gone/exp_avg": torch.ones(1)}], optimizers.params)
+    with pytest.raises(UserError, match=r"\(3, 3\) is not"):
+        key = "muon/transformer.h.0.attn.c_q.weight/momentum"
+        optimizers.load_state_dict([state | {key: torch.ones(3, 3)}])
+
+
+def test_schedule():
+    scales = [lr_scale(i, 100, 0.1, 0.2, 0.1) for i in range(100)]
+    assert scales[0] == pytest.approx(0.1) and scales[9] == scales[80] == 1.0
+    assert scales[90] == pytest.approx(0.55) and scales[99] == pytest.approx(0.145)
+    assert lr_scale(0, 1) == 1.0 and lr_scale(7, 10, 0, 0) == 1.0
+
+
+def test_momentum_schedule():
+    assert muon_momentum(0) == 0.85
+    assert muon_momentum(150) == pytest.approx(0.9)
+    assert muon_momentum(300) == muon_momentum(9999) == pytest.approx(0.95)

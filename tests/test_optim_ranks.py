@@ -1,0 +1,127 @@
+"""Sharded optimizers on gloo ranks: the same steps as one rank, and state that travels."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import setup_optimizer
+
+STEPS = 4
+# name -> (ranks, ranks of the run whose state is loaded; 0: a fresh start)
+SCENARIOS = {"1": (1, 0), "2": (2, 0), "3": (3, 0)} | {
+    f"{before}to{after}": (after, before)
+    for before, after in [(1, 1), (2, 1), (2, 3), (1, 2), (3, 2)]
+}
+
+
+def tiny_model() -> GPT:
+    # 60 and 96 rows: the first is shared out by 2 and 3 ranks; 5 layers do not divide.
+    model = GPT(GPTConfig(16, 60, n_layer=5, n_head=2, n_kv_head=1, n_embd=24))
+    model.init_weights(0)
+    model.gain = torch.nn.Parameter(torch.ones(3))
+    return model
+
+
+def take_step(model: GPT, optimizers, step: int, rank: int, world: int) -> None:
+    "Give each rank a gradient of its own; their sum does not depend on `world`."
+    totals = torch.Generator().manual_seed(step)
+    noises = torch.Generator().manual_seed(1000 + step)
+    # The last rank takes away the noise that the first one adds.
+    sign = (rank == 0) - (rank == world - 1)
+    for p in model.parameters():
+        noise = torch.randint(-2, 3, p.shape, generator=noises)
+        p.grad = torch.randn(p.shape, generator=totals) / world + sign * noise
+    optimizers.step(1.0, muon_momentum=0.9)
+
+
+def run(rank: int, folder: Path, world: int, start: int, shards: list[Path]) -> None:
+    "One rank: load what there is, take the steps, save weights and state."
+    model = tiny_model()
+    optimizers = setup_optimizer(model)
+    if shards:
+        saved = [torch.load(path, weights_only=True) for path in shards]
+        model.load_state_dict(saved[0]["model"])
+        optimizers.load_state_dict([shard["state"] for shard in saved[::-1]])
+    for step in range(start, start + STEPS):
+        take_step(model, optimizers, step, rank, world)
+    muon = optimizers.parts["muon"]
+    owned = {name: muon.owners().get(p) for name, p in optimizers.params.items()}
+    record = {"model": model.state_dict(), "state": optimizers.state_dict()}
+    torch.save(record | {"owners": owned}, folder / f"{rank}.pt")
+
+
+def run_all(rank: int, root: Path) -> None:
+    "Walk through every scenario with as many of the three processes as it needs."
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    for name, (world, before) in SCENARIOS.items():
+        if rank >= world:
+            continue
+        shards = [root / f"{before}" / f"{r}.pt" for r in range(before)]
+        (root / name).mkdir(exist_ok=True)
+        store = dist.FileStore(str(root / f"{name}.store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        run(rank, root / name, world, STEPS if before else 0, shards)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, list[dict]]:
+    "What every rank of every scenario saved."
+    if not dist.is_available() or sys.platform == "win32":
+        pytest.skip("no gloo here")
+    root = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_all, (root,), nprocs=3)
+    return {
+        name: [
+            torch.load(root / name / f"{rank}.pt", weights_only=True)
+            for rank in range(world)
+        ]
+        for name, (world, _) in SCENARIOS.items()
+    }
+
+
+def assert_same(got: dict, want: dict) -> None:
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("world", ["2", "3"])
+def test_ranks_equal_one_rank(saved, world):
+    for record in saved[world]:
+        assert_same(record["model"], saved["1"][0]["model"])
+
+
+@pytest.mark.parametrize("world", ["2", "3"])
+def test_ranks_agree_bit_for_bit(saved, world):
+    for record in saved[world][1:]:
+        for name, value in saved[world][0]["model"].items():
+            assert torch.equal(record["model"][name], value), name
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_state_lives_on_its_owner_only(saved, world):
+    records = saved[f"{world}"]
+    owners = records[0]["owners"]
+    assert set(owners.values()) == {None, *range(world)}
+    for rank, record in enumerate(records):
+        state = record["state"]
+        for name, owner in owners.items():
+            if owner is not None:
+                assert (f"muon/{name}/momentum" in state) == (owner == rank), name
+        table = state["adamw/transformer.wte.weight/exp_avg"]
+        assert table.shape == (60 // world, 24)
+        assert state["adamw/gain/exp_avg"].shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["2to1", "2to3", "1to2", "3to2"])
+def test_state_moves_to_another_number_of_ranks(saved, name):
+    for record in saved[name]:
+        assert_same(record["model"], saved["1to1"][0]["model"])
