@@ -31,15 +31,14 @@ class FactsTask(CustomJSON):
 
 # %% ../../nbs/09_evaluation.ipynb #bc36877d
 class Capitals(FactsTask):
-    "Capitals of countries; correct if the reply contains the capital as a word."
+    "Countries and capitals; correct if the reply contains the name as a word."
 
     name = "capitals"
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
-        "Look for the capital in the reply; case does not matter."
-        reference = conversation["messages"][-1]["content"]
-        capital = conversation.get("answer") or reference.rpartition(" is ")[2]
-        name = re.escape(capital.strip(" .\n"))
+        "Look for the wanted name in the reply; case does not matter."
+        reference = conversation["messages"][-1]["content"].rstrip(" .")
+        name = re.escape(re.split(r" is the capital of (?:the )?| is ", reference)[-1])
         reply = final_text(completion)
         return re.search(rf"(?<!\w){name}(?!\w)", reply, re.IGNORECASE) is not None
 

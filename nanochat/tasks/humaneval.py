@@ -7,7 +7,6 @@ __all__ = ['extract_code', 'HumanEval']
 
 # %% ../../nbs/09_evaluation.ipynb #5749062c
 import re
-import secrets
 from typing import Any
 
 from ..execution import execute_code
@@ -45,10 +44,9 @@ class HumanEval(RowsTask):
         "Run the reply with the tests; passed only if the last line is reached."
         prompt = conversation["messages"][0]["content"]
         code = extract_code(final_text(completion))
-        entry, proof = conversation["entry_point"], secrets.token_hex(16)
+        entry = conversation["entry_point"]
         imports = "\n".join(re.findall(r"^(?:import|from) .*", prompt, re.MULTILINE))
         if f"def {entry}" not in code:
             code = prompt + code
-        check = f"{conversation['test']}\ncheck({entry})\nprint('{proof}')"
-        result = execute_code(f"{imports}\n{code}\n{check}\n", timeout=5.0)
-        return result.success and proof in result.stdout
+        check = f"{conversation['test']}\ncheck({entry})"
+        return execute_code(f"{imports}\n{code}\n{check}\n", timeout=5.0).success
