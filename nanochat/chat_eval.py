@@ -105,8 +105,8 @@ class ChatEvalConfig:
     top_k: int = 0  # 0: no limit
     seed: int = 42  # of the sampling
     num_samples: int = 1  # replies for each question; all count
-    tag: str = ""  # model to load; empty: the largest
-    step: int = -1  # checkpoint to load; -1: the last
+    tag: str = ""  # which model; empty: the deepest
+    step: int = -1  # which checkpoint; -1: the last
     device: str = ""  # cpu, cuda or mps; empty: the fastest
 
 # %% ../nbs/09_evaluation.ipynb #edd3f0c8

@@ -57,6 +57,12 @@ class Bigram:
         pairs = ids[:-1] * vocab_size + ids[1:]
         self.pairs, self.counts = pairs.unique(return_counts=True)
 
+    def to(self, device: torch.device) -> "Bigram":
+        "Move the tables to a device."
+        for name in ("unigram", "seen", "pairs", "counts"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
     def __call__(
         self, inputs: Tensor, targets: Tensor, loss_reduction: str = "none"
     ) -> Tensor:  # nats of each target, the shape of targets

@@ -42,9 +42,11 @@ class RLConfig:
     eval_samples: int = 4  # replies to each, for pass@k
     save_every: int = -1  # steps between checkpoints; the last is always saved
     seed: int = 0
-    tag: str = ""  # model to load; empty: the largest
-    step: int = -1  # checkpoint to load; -1: the last
+    source_tag: str = ""  # which model to improve; empty: the deepest
+    step: int = -1  # which checkpoint of it; -1: the last
+    tag: str = ""  # name of the run; empty: that of the source
     device: str = ""  # cpu, cuda or mps; empty: the fastest
+    overwrite: bool = False  # replace a run with other settings
 
     def __post_init__(self):
         sizes = (self.num_steps, self.examples_per_step, self.num_samples)
@@ -253,7 +255,7 @@ def train_rl(
             results["seconds"] += time.time() - begun
             if 0 < config.eval_every and done % config.eval_every == 0:
                 record |= examine(engine, held_out, config)
-            log.write(step=done, **record)
+            log.write(step=step, **record)
             bar.update(done, reward=f"{record['reward']:.3f}")
             stopping = stop.agreed(engine.model.get_device())
             due = config.save_every > 0 and done % config.save_every == 0
