@@ -197,3 +197,31 @@ impl Tokenizer {
     }
     // [/long]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Trainer, GPT4_PATTERN};
+
+    #[test]
+    fn scan_and_heap_agree() {
+        let mut seed = 1_u64;
+        let mut text = String::new();
+        for _ in 0..4000 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+            text.push(['a', 'a', 'b', 'c', 'é'][(seed >> 33) as usize % 5]);
+        }
+        let mut trainer = Trainer::new(GPT4_PATTERN).unwrap();
+        trainer.feed(&[&text]).unwrap();
+        let tokenizer = Tokenizer::new(trainer.train(700).unwrap(), GPT4_PATTERN).unwrap();
+        for start in (0..3800).step_by(7) {
+            for len in [0, 1, 2, 3, 50, SHORT] {
+                let (mut short, mut long) = (Vec::new(), Vec::new());
+                let chunk = &text.as_bytes()[start..start + len];
+                tokenizer.merge_short(chunk, &mut short);
+                tokenizer.merge_long(chunk, &mut long);
+                assert_eq!(short, long, "{chunk:?}");
+            }
+        }
+    }
+}

@@ -2,17 +2,14 @@
 //! No algorithm lives here.
 
 use crate::{Error, Id, Trainer, GPT4_PATTERN};
-use pyo3::exceptions::{PyKeyboardInterrupt, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        match error {
-            Error::Interrupted => PyKeyboardInterrupt::new_err(()),
-            error => PyValueError::new_err(error.to_string()),
-        }
+        PyValueError::new_err(error.to_string())
     }
 }
 
@@ -46,16 +43,30 @@ impl Tokenizer {
         let pattern = pattern.unwrap_or(GPT4_PATTERN);
         let mut trainer = Trainer::new(pattern)?;
         crate::train::check(vocab_size)?;
+        if buffer_size == 0 {
+            return Err(PyValueError::new_err("buffer_size is 0, use 1 or more"));
+        }
         let mut texts = Texts::new(iterator)?;
         loop {
-            let buffer = texts.take(buffer_size.max(1))?;
+            let buffer = texts.take(buffer_size)?; // needs the GIL
             if buffer.is_empty() {
                 break;
             }
-            py.detach(|| trainer.feed(&buffer))?;
+            py.detach(|| trainer.feed(&buffer))?; // works without it
             py.check_signals()?;
         }
-        let merges = py.detach(|| trainer.train_with(vocab_size, go_on))?;
+        // Every 256 merges, let Python look at its signals: Ctrl-C raises here.
+        let mut signal = Ok(());
+        let merges = py.detach(|| {
+            trainer.train_with(vocab_size, |merges| {
+                if merges % 256 == 0 {
+                    signal = Python::attach(|py| py.check_signals());
+                }
+                signal.is_ok()
+            })
+        });
+        signal?;
+        let merges = merges?;
         self.inner = py.detach(|| crate::Tokenizer::new(merges, pattern))?;
         Ok(())
     }
@@ -151,11 +162,6 @@ impl<'py> Texts<'py> {
     }
 }
 // [/texts]
-
-/// Asked before each merge: every 256 merges, let Python look at its signals.
-fn go_on(merges: usize) -> bool {
-    merges % 256 != 0 || Python::attach(|py| py.check_signals()).is_ok()
-}
 
 #[pymodule]
 mod rustbpe {

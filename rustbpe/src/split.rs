@@ -5,9 +5,9 @@
 //! characters, no backtracking, time linear in the text. Any other pattern goes through
 //! `fancy-regex`. `tests/split.rs` holds the two against each other.
 //!
-//! What we tried: `fancy-regex` for everything (ten times slower, and a run of a million
-//! spaces overflows its stack); `char::is_alphabetic` instead of a table (it asks for the
-//! property Alphabetic, which holds more characters than the category L of the pattern).
+//! What we tried: `fancy-regex` for everything (the bench `split` has it 12 times slower, and
+//! it gives up on a million spaces before a letter); `char::is_alphabetic` instead of a table
+//! (it asks for the property Alphabetic, which is more than the category L of the pattern).
 
 use crate::{Error, Result};
 use fancy_regex::Regex;
@@ -132,12 +132,6 @@ fn classes() -> &'static [Class] {
 fn scan(text: &str, max_digits: usize) -> usize {
     let table = classes();
     let class = |c: char| table[c as usize];
-    // The length of the longest prefix whose characters are all in a set.
-    let run = |s: &str, set: &dyn Fn(char) -> bool| s.find(|c| !set(c)).unwrap_or(s.len());
-    let letters = |s: &str| run(s, &|c| class(c) == Class::Letter);
-    let others = |s: &str| run(s, &|c| class(c) == Class::Other);
-    let newlines = |s: &str| run(s, &|c| c == '\r' || c == '\n');
-
     let Some(first) = text.chars().next() else {
         return 0;
     };
@@ -153,7 +147,7 @@ fn scan(text: &str, max_digits: usize) -> usize {
     let kind = class(first);
     let prefix = !matches!(kind, Class::Letter | Class::Number) && !matches!(first, '\r' | '\n');
     if kind == Class::Letter || prefix {
-        let n = letters(rest);
+        let n = run(rest, |c| class(c) == Class::Letter);
         if kind == Class::Letter || n > 0 {
             return first.len_utf8() + n;
         }
@@ -168,12 +162,12 @@ fn scan(text: &str, max_digits: usize) -> usize {
     }
     // ` ?[^\s\p{L}\p{N}]++[\r\n]*`
     let space = usize::from(first == ' ');
-    let n = others(&text[space..]);
+    let n = run(&text[space..], |c| class(c) == Class::Other);
     if n > 0 {
-        return space + n + newlines(&text[space + n..]);
+        return space + n + run(&text[space + n..], |c| matches!(c, '\r' | '\n'));
     }
     // Only white space is left: \s*[\r\n]|\s+(?!\S)|\s+
-    let blank = &text[..run(text, &|c| class(c) == Class::Space)];
+    let blank = &text[..run(text, |c| class(c) == Class::Space)];
     if let Some(newline) = blank.rfind(['\r', '\n']) {
         return newline + 1;
     }
@@ -187,7 +181,12 @@ fn scan(text: &str, max_digits: usize) -> usize {
     }
 }
 
-/// Length of an English contraction's letters after the apostrophe.
+/// Length in bytes of the longest prefix whose characters are all in a set.
+fn run(text: &str, set: impl Fn(char) -> bool) -> usize {
+    text.find(|c| !set(c)).unwrap_or(text.len())
+}
+
+/// Length in bytes of an English contraction's letters after the apostrophe.
 fn contraction(rest: &str) -> Option<usize> {
     let mut chars = rest.chars();
     let first = chars.next()?;

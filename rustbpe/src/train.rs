@@ -232,3 +232,52 @@ impl Trainer {
     }
 }
 // [/merge]
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changes(ids: &[Id], pair: Pair) -> (Vec<Id>, Vec<(Pair, i64)>) {
+        let mut word = Word {
+            ids: ids.to_vec(),
+            count: 1,
+        };
+        let mut net = std::collections::BTreeMap::new();
+        word.merge(pair, 9, |p, more| {
+            *net.entry(p).or_insert(0) += if more { 1 } else { -1 };
+        });
+        (word.ids, net.into_iter().filter(|&(_, n)| n != 0).collect())
+    }
+
+    #[test]
+    fn merge_reports_the_change_of_every_pair() {
+        let lonely = (vec![9], vec![((1, 2), -1)]);
+        assert_eq!(changes(&[1, 2], (1, 2)), lonely);
+        let middle = vec![
+            ((0, 1), -1),
+            ((0, 9), 1),
+            ((1, 2), -1),
+            ((2, 3), -1),
+            ((9, 3), 1),
+        ];
+        assert_eq!(changes(&[0, 1, 2, 3], (1, 2)), (vec![0, 9, 3], middle));
+        let twice = vec![((1, 2), -2), ((2, 1), -1), ((9, 9), 1)];
+        assert_eq!(changes(&[1, 2, 1, 2], (1, 2)), (vec![9, 9], twice));
+        // Three overlapping pairs (1, 1), of which two can merge.
+        let overlap = vec![((1, 1), -3), ((9, 9), 1)];
+        assert_eq!(changes(&[1, 1, 1, 1], (1, 1)), (vec![9, 9], overlap));
+        let odd = vec![((1, 1), -2), ((9, 1), 1)];
+        assert_eq!(changes(&[1, 1, 1], (1, 1)), (vec![9, 1], odd));
+        assert_eq!(changes(&[1, 3], (1, 2)), (vec![1, 3], vec![]));
+        assert_eq!(changes(&[], (1, 2)), (vec![], vec![]));
+    }
+
+    #[test]
+    fn counts_beyond_32_bits_decide() -> Result<()> {
+        let mut trainer = Trainer::new(crate::GPT4_PATTERN)?;
+        trainer.counts.insert("zz".into(), u64::from(u32::MAX) + 2);
+        trainer.counts.insert("aa".into(), u64::from(u32::MAX) + 1);
+        assert_eq!(trainer.train(258)?, [(122, 122), (97, 97)]);
+        Ok(())
+    }
+}

@@ -1,0 +1,102 @@
+//! The hand-written scanner against the regular expression it stands for.
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+use rustbpe::{Error, Splitter, GPT4_PATTERN, NANOCHAT_PATTERN};
+use std::sync::LazyLock;
+
+fn split(splitter: &Splitter, text: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    splitter
+        .for_each(text, |chunk| out.push(chunk.to_string()))
+        .unwrap();
+    out
+}
+
+/// (scanner, regex) for both patterns.
+static RIVALS: LazyLock<[(Splitter, Splitter); 2]> = LazyLock::new(|| {
+    [NANOCHAT_PATTERN, GPT4_PATTERN]
+        .map(|p| (Splitter::new(p).unwrap(), Splitter::with_regex(p).unwrap()))
+});
+
+/// At least one character of every kind that the patterns distinguish.
+const KINDS: [char; 14] = [
+    '\'', 's', 'L', 'l', 'e', '7', ' ', '\n', '\r', '\t', '!', 'ſ', '\u{a0}', 'é',
+];
+
+#[test]
+fn equal_on_every_short_text() {
+    let mut texts = vec![String::new()];
+    for _ in 0..4 {
+        let longer = |t: &String| KINDS.map(|c| format!("{t}{c}"));
+        texts = texts.iter().flat_map(longer).collect();
+        for (scanner, regex) in RIVALS.iter() {
+            for text in &texts {
+                assert_eq!(split(scanner, text), split(regex, text), "{text:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_on_every_character() {
+    let all: Vec<char> = ('\0'..=char::MAX).collect();
+    for (scanner, regex) in RIVALS.iter() {
+        for block in all.chunks(4096) {
+            let text: String = block
+                .iter()
+                .flat_map(|&c| ['\'', c, ' ', c, 'a', c, '1'])
+                .collect();
+            assert_eq!(split(scanner, &text), split(regex, &text));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn equal_on_random_texts(
+        kinds in prop::collection::vec(prop::sample::select(&KINDS[..]), 0..40),
+        any in "(?s).{0,40}",
+    ) {
+        let kinds: String = kinds.into_iter().collect();
+        for (scanner, regex) in RIVALS.iter() {
+            for text in [&kinds, &any, &format!("{kinds}{any}")] {
+                let chunks = split(scanner, text);
+                prop_assert_eq!(&chunks.concat(), text);
+                prop_assert_eq!(chunks, split(regex, text));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_lost_byte_is_an_error() {
+    let words = Splitter::new(r"\w+").unwrap();
+    assert_eq!(words.for_each("one two", |_| ()), Err(Error::Gap(3)));
+    assert_eq!(words.for_each("one!", |_| ()), Err(Error::Gap(3)));
+    assert_eq!(
+        split(&Splitter::new(r"\w+|\W+").unwrap(), "one two"),
+        ["one", " ", "two"]
+    );
+}
+
+#[test]
+fn a_million_spaces_are_two_chunks() {
+    let text = " ".repeat(1_000_000) + "x";
+    let scanner = Splitter::new(NANOCHAT_PATTERN).unwrap();
+    assert_eq!(split(&scanner, &text), [&text[1..1_000_000], " x"]);
+    let regex = Splitter::with_regex(NANOCHAT_PATTERN).unwrap();
+    assert!(matches!(
+        regex.for_each(&text, |_| ()),
+        Err(Error::Split(_))
+    ));
+}
+
+#[test]
+fn a_pattern_that_explodes_is_an_error() {
+    let evil = Splitter::new(r"(?:(a|aa)+\1b|(?s:.))").unwrap();
+    let result = evil.for_each(&"a".repeat(200), |_| ());
+    assert!(matches!(result, Err(Error::Split(_))), "{result:?}");
+}
