@@ -691,59 +691,65 @@ def is_known(word: str, known: frozenset[str]) -> bool:
     return "'" in word or word.isdigit() or any(f in known for f in forms)
 
 
-PLATFORM = re.compile(r"\b(prompts?|chats?|chatting|scor\w+|tabs?|refresh\w*|glitch\w*|users?|"
-                      r"points?|online|profile|typing|bot|bots|app|again|provo|utah|mission\w*|black|dorms?|baptiz\w*|"
-    r"diarrhea|throw up|jaezo|round|vegas|church|temple|bishop|portuguese|die|died|dead|dorms|XD)\b|[:;=][-']?[()DPp]|\.\. ")  # fmt: skip
+PLATFORM = re.compile(
+    r"\b(prompts?|chats?|chatting|scor\w+|tabs?|refresh\w*|glitch\w*|users?|points?|online|"
+    r"profile|typing|bots?|app|again|provo|utah|mission\w*|black|dorms?|baptiz\w*|diarrhea|"
+    r"throw up|round|vegas|church|temple|bishop|portuguese|die|died|dead|XD)\b|"
+    r"[:;=][-']?[()DPp]|\.\. |\d\.[A-Z ]|(\w)\2\2|[A-Z]{4}|quick brown"
+)
+
+
+def merge_turns(chat: dict) -> Chat:
+    "Join what one person wrote in a row; empty where not just two people talk."
+    turns, last = [], None
+    for message in (m for group in chat["messages"] for m in group):
+        if message["sender"] == last:
+            turns[-1] += " " + tidy(message["text"])
+        else:
+            turns.append(tidy(message["text"]))
+            last = message["sender"]
+    people = {m["sender"] for group in chat["messages"] for m in group}
+    return turns if len(people) == 2 else []
+
+
+def strangeness(text: str, known: frozenset[str]) -> float:
+    "The share of slang, unknown words and odd characters."
+    used = words(text)
+    odd_words = sum(w in SLANG or not is_known(w, known) for w in used)
+    odd_characters = sum(not (c.isalnum() or c in " .,!?'-") for c in text)
+    return odd_words / len(used) + odd_characters / len(text)
+
+
+def first_names(cache: Path) -> set[str]:
+    stdlib, names = Package(cache, "stdlib"), set()
+    for kind in ("female", "male"):
+        names |= set(stdlib.json(f"package/{kind}-first-names-en/data/names.json"))
+    easy = stdlib.json("package/dale-chall-new/data/words.json")
+    return {name.lower() for name in names} - set(easy)
 
 
 def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
-    "The tidiest two-person chats, cut to eight turns: few names, slang or typing errors."
-    stdlib, scored = Package(cache, "stdlib"), []
-    names = {
-        name.lower()
-        for kind in ("female", "male")
-        for name in stdlib.json(f"package/{kind}-first-names-en/data/names.json")
-    }
-    names -= set(stdlib.json("package/dale-chall-new/data/words.json"))
-    known = lexicon(cache)
-    for key, chat in sorted(
-        Package(cache, "chitchat").json("chitchat_dataset/dataset.json").items()
-    ):
-        turns, last = [], None
-        for message in (m for group in chat["messages"] for m in group):
-            if message["sender"] == last:
-                turns[-1] += " " + tidy(message["text"])
-            else:
-                turns.append(tidy(message["text"]))
-                last = message["sender"]
-        if len({m["sender"] for g in chat["messages"] for m in g}) != 2:
-            continue
-        rating = sum(chat["ratings"].values()) / 3 if chat.get("ratings") else 4.0
+    "Two-person chats cut to eight turns, the tidiest first: no names, little slang."
+    names, known = first_names(cache), lexicon(cache)
+    chats = Package(cache, "chitchat").json("chitchat_dataset/dataset.json")
+    scored = []
+    for key, chat in sorted(chats.items()):
+        turns = merge_turns(chat)
         for start in (0, 8, 16):
             part = turns[start : start + 8]
             part = part if len(part) == 8 else part[:6]
             sizes, text = [len(t) for t in part], " ".join(part)
             if len(part) < 6 or max(sizes) > 260 or min(sizes) < 6:
                 continue
-            if (
-                not 200 < sum(sizes) < 1_000
-                or not is_clean(text)
-                or PLATFORM.search(text)
-            ):
+            if not 200 < sum(sizes) < 1_000 or PLATFORM.search(text):
                 continue
-            if re.search(r"(\w)\1\1|[A-Z]{4}", text):
+            capitals = re.findall(r"[A-Z][a-z]+", text)
+            if not is_clean(text) or any(w.lower() in names for w in capitals):
                 continue
-            if any(w.lower() in names for w in re.findall(r"[A-Z][a-z]+", text)):
-                continue
-            used = words(text)
-            strange = sum(w in SLANG or not is_known(w, known) for w in used) / len(
-                used
-            )
-            strange += sum(not (c.isalnum() or c in " .,!?'-") for c in text) / len(
-                text
-            )
-            if strange < 0.03:
-                scored.append((100 * strange - rating + 3 * bool(start), key, part))
+            if (strange := strangeness(text, known)) < 0.03:
+                ratings = chat.get("ratings") or {"": 12.0}
+                score = 100 * strange - sum(ratings.values()) / 6 + 6 * bool(start)
+                scored.append((score, key, part))
     best: dict[str, Chat] = {}
     for _, key, part in sorted(scored):
         best.setdefault(key, part)  # one stretch of every chat
@@ -756,16 +762,18 @@ SLANG = set("u ur lol haha hahaha idk ya gonna wanna lmao btw tbh ahah hehe r ok
 REQUEST = re.compile(r"(Please e|E)xplain|Describe|Name |Give |Create|Generate|Suggest|Compose|"
                      r"Determine|What |What's|Where |Which |Who |Should I|Is |How (do|can|long|to|does)|"
                      r"Please|I need|I am (looking|cooking)|Calculate|Given|Draft")  # fmt: skip
-REFUSED = re.compile(r"demon|black|\bjew|raci|religio|muslim|covid|medicine|caffeine|tax|wrong that|"
-                     r"think (of|if)|personal experience|near me|HTML|rap |your |Answer:|momma|"
-                     r"licen[sc]es?|user interface|antisocial|point A|talking about|directions|the path|superstitions", re.I)  # fmt: skip
+REFUSED = re.compile(
+    r"demon|black|\bjew|raci|religio|muslim|covid|medicine|caffeine|tax|wrong that|HTML|rap |"
+    r"think (of|if)|personal experience|near me|your |Answer:|momma|licen[sc]es?|superstitions|"
+    r"user interface|antisocial|point A|talking about|directions|the path",
+    re.I,
+)
 
 
 def read_instruct(cache: Path) -> Iterator[Chat]:
-    "Prompt and answer pairs of two openly licensed instruction sets, the short ones."
-    raw = Package(cache, "evals").read(
-        "evals/registry/data/steganography/samples.jsonl"
-    )
+    "Short prompt and answer pairs of an openly licensed instruction set."
+    name = "evals/registry/data/steganography/samples.jsonl"
+    raw = Package(cache, "evals").read(name)
     seen = set()
     for row in map(json.loads, raw.splitlines()):
         if row["task_type"] != "alespalla/chatbot_instruction_prompts":
@@ -948,28 +956,46 @@ def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat
     return train, test
 
 
-def stem(word: str) -> str:
-    "A cheap stem, so that plurals and other forms of a word stay on one side of the split."
-    for end in (
-        "ings",
-        "ing",
-        "edly",
-        "ed",
-        "ers",
-        "er",
-        "est",
-        "ness",
-        "ies",
-        "es",
+def forms(word: str) -> set[str]:
+    "Spellings of the usual endings of an English word, right or wrong."
+    ends = (
         "s",
+        "es",
+        "ed",
+        "ing",
         "ly",
+        "er",
+        "ers",
+        "est",
         "y",
-        "e",
-    ):
-        if word.endswith(end) and len(word) - len(end) >= 3:
-            word = word[: -len(end)]
-            break
-    return re.sub(r"(.)\1$", r"\1", word)[:5]
+        "ness",
+        "ful",
+        "less",
+        "or",
+    )
+    stems = {word, word.removesuffix("e"), word + word[-1]}
+    out = {a + end for a in stems for end in ends} | {word + "d", word + "r"}
+    if word.endswith("y"):
+        out |= {word[:-1] + end for end in ("ies", "ied", "ier", "iest", "ily")}
+    return out
+
+
+def families(vocabulary: list[str]) -> dict[str, list[str]]:
+    "Group the words that are forms of each other."
+    head = {w: w for w in vocabulary}
+
+    def find(w: str) -> str:
+        while head[w] != w:
+            w = head[w]
+        return w
+
+    for word in vocabulary:
+        for form in forms(word) & head.keys():
+            head[find(form)] = find(word)
+    groups = defaultdict(list)
+    for word in vocabulary:
+        groups[find(word)].append(word)
+    return groups
 
 
 def make_words(
@@ -994,9 +1020,7 @@ def make_words(
     ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))[
         : num_train + num_test
     ]
-    groups = defaultdict(list)
-    for w in sorted(ok):
-        groups[stem(w)].append(w)
+    groups = families(sorted(ok))
     test: list[str] = []
     for key in sorted(groups, key=stable_order):
         if len(test) + len(groups[key]) <= num_test:
@@ -1176,7 +1200,7 @@ SPLITS = {
     "facts": "Countries and capitals as in 2015, the edition of the factbook.",
     "identity": "The last wording of every group is held out; answers occur in both splits.",
     "smalltalk, chitchat, instruct": "Disjoint by the first question.",
-    "words": "Disjoint, and forms with a common stem stay on one side.",
+    "words": "Disjoint; forms of one word (plural, -ed, -ing, -ly, -er) stay on one side.",
     "evals": "Never train on these. ARC validation, MMLU dev and the sets' own rows are samples "
     "in the official schema with a fixed seed.",
 }
