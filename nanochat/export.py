@@ -7,6 +7,7 @@ __all__ = ['RENAMES', 'CHAT_TEMPLATE', 'hf_weights', 'hf_config', 'recover_merge
 
 # %% ../nbs/08_implementation_details.ipynb #5f908fa0
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .common import UserError, write_atomic
-from .tokenizer import SPECIAL_TOKENS
 
 # %% ../nbs/08_implementation_details.ipynb #211522a9
 RENAMES = [
@@ -76,7 +76,7 @@ def recover_merges(
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            pairs = [a + b for a, b in zip(parts, parts[1:])]
+            pairs = [a + b for a, b in pairwise(parts)]
             best = min(pairs, key=lambda pair: ranks.get(pair, rank))
             if ranks.get(best, rank) >= rank:
                 raise ValueError(f"token {token!r} of rank {rank} cannot be built")
@@ -96,22 +96,21 @@ def byte_alphabet() -> dict[int, str]:  # byte -> a visible character
     }
 
 # %% ../nbs/08_implementation_details.ipynb #344a3951
-def hf_tokenizer(tokenizer, pattern: str) -> dict:
+def hf_tokenizer(tokenizer) -> dict:
     "Describe the tokenizer in the format of `tokenizer.json`."
-    specials = {name: tokenizer.encode_special(name) for name in SPECIAL_TOKENS}
-    num_ranks = tokenizer.get_vocab_size() - len(specials)
-    ranks = {tokenizer.decode_bytes([i]): i for i in range(num_ranks)}
+    ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
+    pattern = {"Regex": tokenizer.pattern}
     alphabet = byte_alphabet()
     spell = lambda token: "".join(alphabet[b] for b in token)
     plain = {"single_word": False, "lstrip": False, "rstrip": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated"}
     steps = [split | {"invert": False}, byte_level | {"use_regex": False}]
     return {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": name, "normalized": False, "special": True} | plain
-            for name, i in specials.items()
+            for name, i in tokenizer.special.items()
         ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": byte_level | {"use_regex": True},
@@ -152,7 +151,6 @@ def export_hf(
     model,  # GPT
     tokenizer,
     folder: str | Path,  # created; files in it are replaced
-    pattern: str,  # the tokenizer's split pattern
 ) -> Path:
     "Write the files that `AutoModelForCausalLM.from_pretrained` reads."
     folder, special = Path(folder), tokenizer.encode_special
@@ -176,7 +174,7 @@ def export_hf(
     records = {
         "config.json": config,
         "generation_config.json": generation | {"do_sample": True},
-        "tokenizer.json": hf_tokenizer(tokenizer, pattern),
+        "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": settings,
     }
     for name, record in records.items():

@@ -1,5 +1,7 @@
 """A tiny random chat model and its tokenizer, for the tests of engine and server."""
 
+from functools import cache
+
 import torch
 
 from nanochat.engine import Engine
@@ -13,6 +15,7 @@ TEXT = [
 ]
 
 
+@cache
 def tiny_tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.train_from_iterator(iter(TEXT * 20), 320)
 

@@ -1,0 +1,174 @@
+"""The chat page in a real browser: send, stream, stop, themes, narrow screens, errors."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from chat_model import tiny_engine, tiny_model, tiny_tokenizer
+from test_server import SlowEngine, serve
+
+from nanochat.checkpoint import save
+from nanochat.engine import Engine
+from nanochat.server import load_chat_model
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium: install it with `apt-get install chromium`"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    "A page that fails the test if the browser reports an error or asks another host."
+    context = browser.new_context(viewport={"width": 1100, "height": 760})
+    page = context.new_page()
+    page.problems, page.hosts = [], set()
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]))
+    page.set_default_timeout(15_000)
+    yield page
+    assert not page.problems
+    assert all(host.startswith("127.0.0.1:") or not host for host in page.hosts)
+    context.close()
+
+
+def picture(page, name: str) -> None:
+    "Keep a picture where NANOCHAT_SHOTS says so."
+    if folder := os.environ.get("NANOCHAT_SHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def send(page, text: str) -> None:
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+
+
+class Talker(Engine):
+    "Says a fixed reply with a tool call, one token every few milliseconds."
+
+    def generate(self, tokens, *options):
+        special, encode = self.tokenizer.encode_special, self.tokenizer.encode
+        words = (
+            "**Köln** → ½ is `code` & <b>not bold</b> <img src=x onerror=alert(1)>. So "
+        )
+        ids = [
+            *encode(words),
+            special("<|python_start|>"),
+            *encode("12*3"),
+            special("<|python_end|>"),
+            special("<|output_start|>"),
+            *encode("36"),
+            special("<|output_end|>"),
+            *encode("\n\n```\nx = 1\nprint(x)\n```\nThat is all."),
+            special("<|assistant_end|>"),
+        ]
+        for token in ids:
+            time.sleep(0.004)
+            yield [token], [1]
+
+
+def test_a_trained_model_answers_in_the_browser(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    save(tmp_path / "sft_checkpoints" / "d2", 7, tiny_model())
+    engine, name = load_chat_model(device="cpu")
+    assert name == "nanochat-d2-sft"
+    with serve(engine, name, max_tokens=20) as client:
+        page.goto(str(client.base_url))
+        sync_api.expect(page.locator("#model")).to_contain_text("nanochat-d2-sft")
+        send(page, "Hello")
+        sync_api.expect(page.locator("#status")).to_contain_text("complete")
+        reply = page.locator("article.assistant .text").inner_text()
+        assert reply.strip()
+        assert "<|" not in reply
+
+
+def test_text_is_shown_not_run(page):
+    with serve(Talker(tiny_engine().model, tiny_engine().tokenizer)) as client:
+        page.goto(str(client.base_url))
+        send(page, "What is 12 * 3? <script>alert(1)</script>")
+        reply = page.locator("article.assistant .text")
+        sync_api.expect(reply).to_contain_text("That is all.")
+        sync_api.expect(page.locator("#status")).to_contain_text("complete")
+        assert "<b>not bold</b> <img src=x onerror=alert(1)>" in reply.inner_text()
+        assert reply.locator("strong").inner_text() == "Köln"
+        assert reply.locator(".tool").inner_text().split() == [
+            "calculator",
+            "12*3",
+            "=",
+            "36",
+        ]
+        assert page.locator("#log img, #log script").count() == 0
+        question = page.locator("article.user .text").inner_text()
+        assert question == "What is 12 * 3? <script>alert(1)</script>"
+        picture(page, "light")
+        page.get_by_role("button", name="Switch between").click()
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        picture(page, "dark")
+        page.set_viewport_size({"width": 360, "height": 640})
+        wide = "document.documentElement.scrollWidth <= innerWidth"
+        assert page.evaluate(wide)
+        picture(page, "narrow")
+        page.reload()
+        sync_api.expect(page.locator("article.assistant .tool")).to_be_visible()
+        page.get_by_role("button", name="New chat").click()
+        assert page.locator("article").count() == 0
+        picture(page, "empty")
+
+
+def test_stop_and_new_chat(page):
+    engine = SlowEngine(tiny_engine().model, tiny_engine().tokenizer)
+    with serve(engine, max_tokens=4000) as client:
+        page.goto(str(client.base_url))
+        send(page, "Go on for ever")
+        reply = page.locator("article.assistant .text")
+        sync_api.expect(reply).to_contain_text("xxx")
+        page.get_by_role("button", name="Stop").click()
+        sync_api.expect(page.locator(".note")).to_contain_text("Stopped")
+        sync_api.expect(page.get_by_role("button", name="Send")).to_be_visible()
+        deadline = time.time() + 5
+        while client.get("/stats").json()["busy"] and time.time() < deadline:
+            time.sleep(0.02)
+        assert client.get("/stats").json()["busy"] == 0
+        page.get_by_role("button", name="Again").click()
+        sync_api.expect(reply).to_contain_text("xx")
+        page.keyboard.press("Escape")
+        sync_api.expect(page.locator(".note")).to_contain_text("Stopped")
+        page.get_by_role("button", name="Edit").click()
+        assert page.get_by_label("Message").input_value() == "Go on for ever"
+
+
+def test_dropped_turns_are_reported(page):
+    with serve(tiny_engine(), max_tokens=20) as client:
+        page.goto(str(client.base_url))
+        for _ in range(4):
+            send(page, "some words that fill the context of the model")
+            sync_api.expect(page.get_by_role("button", name="Send")).to_be_visible()
+            sync_api.expect(page.locator("#status")).to_contain_text("complete")
+            page.evaluate("document.getElementById('status').textContent = ''")
+        sync_api.expect(page.locator(".note", has_text="left out")).to_be_visible()
+
+
+def test_errors_are_shown(page):
+    with serve(tiny_engine()) as client:
+        page.goto(str(client.base_url))
+        send(page, "long message " * 60)
+        sync_api.expect(page.get_by_role("alert")).to_contain_text("shorten")
+        picture(page, "error")
+    send(page, "Is anybody there?")
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    sync_api.expect(page.get_by_role("button", name="Try again")).to_be_visible()
