@@ -74,14 +74,11 @@ impl Tokenizer {
 
     /// Make a tokenizer from (bytes, rank) pairs and a split pattern.
     #[staticmethod]
-    fn from_ranks(ranks: Vec<(Vec<u8>, Id)>, pattern: &str) -> PyResult<Self> {
-        let mut ranks = ranks;
+    fn from_ranks(mut ranks: Vec<(Vec<u8>, Id)>, pattern: &str) -> PyResult<Self> {
         ranks.sort_by_key(|(_, rank)| *rank);
         for (i, (_, rank)) in ranks.iter().enumerate() {
             if *rank as usize != i {
-                let why = format!(
-                    "ranks must be 0, 1, 2, ..., but {i} is missing or {rank} occurs twice"
-                );
+                let why = format!("they must be 0, 1, 2, ... each once, but number {i} is {rank}");
                 return Err(Error::Ranks(why).into());
             }
         }
