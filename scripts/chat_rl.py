@@ -8,8 +8,14 @@ import dataclasses
 from pathlib import Path
 
 from nanochat import checkpoint
-from nanochat.common import UserError, compute_init, get_dist_info, print0, run_cli
-from nanochat.common import save_section
+from nanochat.common import (
+    UserError,
+    compute_init,
+    get_dist_info,
+    print0,
+    run_cli,
+    save_section,
+)
 from nanochat.engine import Engine
 from nanochat.optim import setup_optimizer
 from nanochat.rl import RLConfig, train_rl
