@@ -1,0 +1,176 @@
+"""Set Sphinx's single HTML page as a PDF: BeautifulSoup, pandoc, Typst; all from wheels.
+
+    python book/pdf.py book/_build/single book/_build/nanochat-book.pdf
+
+Every number (chapter, figure, equation, exercise) is the one that Sphinx printed. A formula
+that pandoc cannot convert or a link that leads nowhere makes the exit code 1.
+"""
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pypandoc
+import typst
+from bs4 import BeautifulSoup
+
+HERE = Path(__file__).parent
+AUTHOR = "The nanochat book authors"
+LANGUAGES = {"ipython3": "python", "ipython": "python", "default": "python"}
+LANGUAGES |= {"none": "", "myst-ansi": "", "text": ""}
+# Symbols that pandoc still calls by the names they had before Typst 0.14.
+RENAMED = [
+    (r"\b(dot|times|plus|minus|ast|div)\.circle\b", r"\1.o"),
+    (r"\bangle\.(l|r)\b", r"chevron.\1"),
+    (r"\bsect\b(?=[. ])", "inter"),
+]
+NOISE = ".headerlink, button, script, input, style, .toctree-wrapper > ul, .backlinks"
+
+
+def clean_links(body) -> None:
+    "Make links local and identifiers unique."
+    for a in body.select('a[href^="#document-"]'):  # Sphinx: '#document-x#y'
+        parts = a["href"].split("#")
+        a["href"] = "#" + parts[2] if len(parts) > 2 else a["href"]
+    seen = set()
+    for tag in body.select("[id]"):
+        if tag["id"] in seen:
+            del tag["id"]
+        else:
+            seen.add(tag["id"])
+
+
+def clean_notes(soup, body) -> None:
+    "One paragraph for each footnote and each work of the bibliography."
+    for tag in body.select("[role]"):  # else pandoc makes empty footnotes
+        del tag["role"]
+    for tag in body.select(".fn-bracket, .cite-bracket"):
+        tag.unwrap()
+    for note in body.select("div.citation[id], div.footnote[id]"):
+        label, text = note.select_one(".label"), note.select_one("p")
+        if label and text:
+            label.name = "span"
+            label.string = label.get_text() + " "
+            text.insert(0, label.extract())
+    for term in body.select("dl dt[id]"):
+        anchor = soup.new_tag("span", id=term["id"])
+        del term["id"]
+        term.insert(0, anchor)
+
+
+def clean_code(soup, body) -> None:
+    "Give code back as plain text with its language; Typst colours it."
+    for block in body.select("div.highlight"):
+        classes = block.parent.get("class", [])
+        name = next((c[10:] for c in classes if c.startswith("highlight-")), "")
+        for number in block.select(".linenos"):
+            number.decompose()
+        pre, code = soup.new_tag("pre"), soup.new_tag("code")
+        if language := LANGUAGES.get(name, name):
+            pre["class"] = language
+        code.string = block.get_text().rstrip("\n")
+        pre.append(code)
+        block.replace_with(pre)
+    for caption in body.select(".code-block-caption"):
+        caption["class"] = ["lstcap"]
+    for cell in body.select("div.cell.tag_exported"):
+        cell["class"] = ["exported"]
+
+
+def clean_math(soup, body) -> None:
+    "One paragraph for each displayed formula; its number becomes an attribute."
+    for div in body.select("div.math"):
+        number = div.select_one(".eqno")
+        number = number.extract().get_text().strip() if number else ""
+        formula = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)[1]
+        div.clear()
+        div["class"], div["data-no"] = ["equation"], number
+        paragraph = soup.new_tag("p")
+        paragraph.string = r"\[" + formula.strip().replace(r"\!", "") + r"\]"
+        div.append(paragraph)
+
+
+def embolden(soup, tag) -> None:
+    "Turn a label into a bold paragraph."
+    tag.name = "p"
+    if not tag.find("strong"):
+        strong = soup.new_tag("strong")
+        strong.extend(list(tag.contents))
+        tag.append(strong)
+
+
+def clean(html: str) -> tuple[str, str]:
+    "Return the page's body as pandoc can read it, and its title."
+    soup = BeautifulSoup(html, "lxml")
+    body = soup.select_one("div.body") or soup.body
+    clean_links(body)
+    for tag in body.select(NOISE):
+        tag.decompose()
+    for tag in body.select("summary"):  # 'Show code cell source': paper shows it anyway
+        tag.decompose()
+    clean_notes(soup, body)
+    for tag in body.select("details, section, aside"):
+        tag.name = "div"
+    clean_code(soup, body)
+    clean_math(soup, body)
+    for tag in body.select(".admonition-title, .sd-tab-set > label"):
+        embolden(soup, tag)
+    return str(body), soup.title.get_text() if soup.title else "Book"
+
+
+def modern(line: str) -> str:
+    "Rename symbols in a line's formulas."
+    formula = lambda m: functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+    return re.sub(r"(?<!\\)\$.+?(?<!\\)\$", formula, line)
+
+
+def to_typst(html: Path) -> tuple[str, list[str]]:
+    "Convert with pandoc; return the source and the links that lead nowhere."
+    # fmt: off
+    command = [
+        pypandoc.get_pandoc_path(), "-f", "html+tex_math_single_backslash", "-t", "typst",
+        "--wrap=none", f"--lua-filter={HERE / 'pdf.lua'}", str(html),
+    ]
+    # fmt: on
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if done.stderr:
+        sys.exit(f"pandoc: {done.stderr}")
+    source = "\n".join(map(modern, done.stdout.split("\n")))
+    link = r"#link\(<([^>]*)>\)"
+    defined = set(re.findall(r"<([\w.:-]+)>", re.sub(link, "", source)))
+    dead = sorted({name for name in re.findall(link, source) if name not in defined})
+    keep = lambda m: m[0] if m[1] in defined else "#box"
+    return re.sub(link, keep, source), dead
+
+
+def main(source: str, out: str) -> None:
+    "Write the PDF; leave what Typst reads beside it."
+    began, pages = time.time(), Path(source)
+    body, title = clean((pages / "index.html").read_text(encoding="utf-8"))
+    work = Path(out).with_suffix(".typst")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "body.html").write_text(body, encoding="utf-8")
+    typ, dead = to_typst(work / "body.html")
+    if (pages / "_images").is_dir():
+        shutil.copytree(pages / "_images", work / "_images", dirs_exist_ok=True)
+    template = (HERE / "pdf.typ").read_text(encoding="utf-8")
+    template = template.replace("TITLE", title).replace("AUTHOR", AUTHOR)
+    (work / "book.typ").write_text(template + typ, encoding="utf-8")
+    fonts = [str(HERE / "fonts")]
+    try:
+        file = str(work / "book.typ")
+        typst.compile(file, output=out, ignore_system_fonts=True, font_paths=fonts)
+    except typst.TypstError as error:
+        sys.exit(f"typst: {error.diagnostic}")
+    if dead:
+        sys.exit(f"links that lead nowhere: {', '.join(dead)}")
+    size = Path(out).stat().st_size / 1e6
+    print(f"{out}: {size:.1f} MB in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

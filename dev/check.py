@@ -1,0 +1,304 @@
+"""What must hold of the repository as a whole; `make check` and tests/test_house.py run it.
+
+    python dev/check.py
+
+Each check returns a list of complaints. No line of this file knows a particular chapter:
+which module belongs to which chapter is read from the notebooks.
+"""
+
+import ast
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nanochat"
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+from nbdev_reader import module_file, read, split_directives
+
+# Architecture is taught top-down: chapter 4 uses the box that chapter 5 opens.
+FORWARD_IMPORTS = {("gpt", "attention")}
+CEILING = 7600  # lines of package, scripts and crate together
+MACHINE = re.compile(r"/(root|work|home/\w+|tmp/\w+/src)/|/Users/\w")
+
+
+# ---- What is there
+
+
+def notebooks() -> list[Path]:
+    "Return the chapters and appendices in order."
+    return sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def modules() -> dict[str, Path]:
+    "Return the generated modules, `tasks.arc` -> nanochat/tasks/arc.py."
+    files = sorted(f for f in PACKAGE.rglob("*.py") if not f.name.startswith("_"))
+    name = lambda f: f.relative_to(PACKAGE).with_suffix("").as_posix()
+    return {name(f).replace("/", "."): f for f in files}
+
+
+def chapters() -> dict[str, str]:
+    "Return the notebook that exports each module."
+    found = {}
+    for notebook in notebooks():
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+            directives, _ = split_directives("".join(cell["source"]))
+            if cell["cell_type"] == "code" and (file := module_file(directives)):
+                module = file[len("nanochat/") : -len(".py")].replace("/", ".")
+                found.setdefault(module, notebook.stem)
+    return found
+
+
+def tracked() -> list[Path]:
+    "Return the files that git knows or would add."
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [f for line in done.stdout.splitlines() if (f := ROOT / line).is_file()]
+
+
+# ---- The checks
+
+
+def export_is_clean() -> list[str]:
+    "Exporting and cleaning a copy of the notebooks changes no byte."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(ROOT / "nbs", copy / "nbs")
+        ignore = shutil.ignore_patterns("data", "__pycache__")
+        shutil.copytree(PACKAGE, copy / "nanochat", ignore=ignore)
+        for file in modules().values():
+            (copy / file.relative_to(ROOT)).unlink()
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+        env["PYTHONPATH"] = folder
+        for tool in ("nbdev-export", "nbdev-clean"):
+            command = [str(Path(sys.executable).parent / tool)]
+            subprocess.run(command, cwd=copy, env=env, check=True)
+        ours = {f.relative_to(ROOT) for f in [*modules().values(), *notebooks()]}
+        ours |= {f.relative_to(copy) for f in (copy / "nanochat").rglob("*.py")}
+        return [
+            f"{name}: run `make export` and commit what it changes"
+            for name in sorted(ours)
+            if not (copy / name).exists()
+            or not (ROOT / name).exists()
+            or (copy / name).read_bytes() != (ROOT / name).read_bytes()
+        ]
+
+
+def imports(file: Path) -> set[str]:
+    "Return what a file imports, absolute: `nanochat.tasks.common`."
+    found = set()
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imports_follow_the_chapters() -> list[str]:
+    "A module imports from its own or an earlier chapter, and there is no cycle."
+    problems, graph, home = [], {}, chapters()
+    for name, file in modules().items():
+        if name not in home:
+            problems.append(f"{file.relative_to(ROOT)}: exported by no notebook")
+            continue
+        graph[name] = set()
+        for target in imports(file):
+            if target.split(".")[0] in ("scripts", "tests", "dev"):
+                problems.append(f"{name} imports {target}")
+            other = target.removeprefix("nanochat.")
+            if not target.startswith("nanochat.") or other not in home:
+                continue
+            graph[name].add(other)
+            late = home[other][:2] > home[name][:2]
+            if late and (name, other) not in FORWARD_IMPORTS:
+                problems.append(
+                    f"{name} ({home[name]}) imports {other} ({home[other]})"
+                )
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        problems.append("cycle: " + " -> ".join(error.args[1]))
+    return problems
+
+
+def absolute(line: str, module: str) -> str:
+    "Undo nbdev's `from .gpt import` in a generated line."
+    dots = re.match(r"(\s*from )(\.+)(\S*)( import .*)", line)
+    if not dots:
+        return line
+    package = ["nanochat", *module.split(".")[:-1]]
+    base = package[: len(package) - len(dots[2]) + 1]
+    return dots[1] + ".".join([*base, *filter(None, [dots[3]])]) + dots[4]
+
+
+def exported_lines() -> dict[str, list[str]]:
+    "Return the lines of each generated module without nbdev's own."
+    found = {}
+    for module, file in modules().items():
+        text = file.read_text("utf-8")
+        body = text.partition("# %% auto")[2] or text
+        body = re.sub(r"^__all__ = \[.*?\]$", "", body, flags=re.M | re.S)
+        lines = [absolute(line, module) for line in body.splitlines()[1:]]
+        skip = ("# %% ", "from __future__")
+        found[module] = [x for x in lines if x.strip() and not x.startswith(skip)]
+    return found
+
+
+def printed(notebook: Path) -> set[str]:
+    "Return the code lines that a reader of this chapter sees."
+    page = ROOT / "book" / "_build" / "html" / f"{notebook.stem}.html"
+    if page.exists() and page.stat().st_mtime > notebook.stat().st_mtime:
+        found = re.findall(r"<pre>(.*?)</pre>", page.read_text("utf-8"), re.S)
+        text = "\n".join(html.unescape(re.sub(r"<[^>]*>", "", x)) for x in found)
+        return set(text.splitlines())
+    unseen = {"remove-cell", "remove-input"}
+    cells = [
+        c for c in read(notebook.read_text("utf-8")).cells if c.cell_type == "code"
+    ]
+    shown = [c.source for c in cells if not unseen & set(c.metadata["tags"])]
+    return set("\n".join(shown).splitlines())
+
+
+def every_exported_line_is_printed() -> list[str]:
+    "What ships is what the book shows: in the built pages, else as the reader gives it."
+    home, problems = chapters(), []
+    seen = {
+        stem: printed(ROOT / "nbs" / f"{stem}.ipynb") for stem in set(home.values())
+    }
+    for module, lines in exported_lines().items():
+        missing = [x for x in lines if x not in seen.get(home.get(module), ())]
+        problems += [f"{module}: not printed: {x}" for x in missing]
+    return problems
+
+
+def characters_of_the_book() -> set[str]:
+    "Return the characters beyond ASCII in chapters, pages and the crate's source."
+    files = [*notebooks(), *(ROOT / "nbs").glob("*.md")]
+    files += [*(ROOT / "rustbpe").glob("src/*.rs"), *(ROOT / "rustbpe").glob("*/*.rs")]
+    text = "".join(
+        "".join("".join(c["source"]) for c in json.loads(f.read_text("utf-8"))["cells"])
+        if f.suffix == ".ipynb"
+        else f.read_text("utf-8")
+        for f in files
+    )
+    return {c for c in text if ord(c) > 126}
+
+
+def every_character_has_a_glyph() -> list[str]:
+    "The PDF's fonts cover the book: DejaVu Sans Mono and the subsets in book/fonts."
+    from fontTools.ttLib import TTFont
+    from matplotlib import get_data_path
+
+    fonts = [Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"]
+    fonts += [
+        f for f in (ROOT / "book" / "fonts").iterdir() if f.suffix in (".ttf", ".otf")
+    ]
+    covered = {0xA0, 0xAD, 0x200B, 0x200D, 0xFE0F}  # spaces and joiners draw nothing
+    for font in fonts:
+        covered |= set(TTFont(font, lazy=True).getBestCmap())
+    missing = sorted(c for c in characters_of_the_book() if ord(c) not in covered)
+    remedy = "run book/fonts/make.py"
+    return [f"no font of the PDF has {c!r} (U+{ord(c):04X}): {remedy}" for c in missing]
+
+
+def bibliography_is_sound() -> list[str]:
+    "No work has two entries, and every key that a chapter cites exists."
+    text = (ROOT / "book" / "references.bib").read_text("utf-8")
+    keys = re.findall(r"^@\w+\{\s*([^,\s]+)", text, re.M)
+    problems = [
+        f"{key}: twice in references.bib" for key in keys if keys.count(key) > 1
+    ]
+    for file in notebooks():
+        for group in re.findall(r"\{cite:?\w*\}`([^`]+)`", file.read_text("utf-8")):
+            cited = [key.strip() for key in group.split(",")]
+            problems += [f"{file.name} cites {k}" for k in cited if k not in keys]
+    return sorted(set(problems))
+
+
+def nothing_of_this_machine() -> list[str]:
+    "No tracked text names a folder that exists on one machine only."
+    problems = []
+    for file in tracked():
+        if file.is_relative_to(PACKAGE / "data") or file == Path(__file__).resolve():
+            continue
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found = [i for i, line in enumerate(lines, 1) if MACHINE.search(line)]
+        problems += [
+            f"{file.relative_to(ROOT)}:{i}: {lines[i - 1][:80]}" for i in found
+        ]
+    return problems
+
+
+def sizes() -> dict[str, int]:
+    "Count the lines of each part, blank ones and comments included."
+    parts = {"package": [], "web page": [], "scripts": [], "crate": [], "tests": []}
+    for file in tracked():
+        name, suffix = file.relative_to(ROOT).as_posix(), file.suffix
+        if name.startswith("nanochat/ui/") and suffix in (".html", ".css", ".js"):
+            parts["web page"].append(file)
+        elif name.startswith("nanochat/") and suffix == ".py" and "modidx" not in name:
+            parts["package"].append(file)
+        elif (name.startswith("scripts/") and suffix == ".py") or name == "speedrun.sh":
+            parts["scripts"].append(file)
+        elif name.startswith("rustbpe/src/"):
+            parts["crate"].append(file)
+        elif re.match(r"(tests|rustbpe/tests)/.*\.(py|rs)$", name):
+            parts["tests"].append(file)
+    count = lambda f: len(f.read_text("utf-8").splitlines())
+    return {part: sum(map(count, files)) for part, files in parts.items()}
+
+
+def the_code_stays_small() -> list[str]:
+    "Package, web page, scripts and crate stay below the ceiling."
+    total = sum(lines for part, lines in sizes().items() if part != "tests")
+    return [f"{total} lines, more than {CEILING}"] if total > CEILING else []
+
+
+CHECKS = [
+    export_is_clean,
+    imports_follow_the_chapters,
+    every_exported_line_is_printed,
+    every_character_has_a_glyph,
+    bibliography_is_sound,
+    nothing_of_this_machine,
+    the_code_stays_small,
+]
+
+
+def main() -> int:
+    "Run all checks, print the size table, return the exit code."
+    failed = 0
+    for check in CHECKS:
+        problems = check()
+        failed += bool(problems)
+        print("FAIL" if problems else "ok  ", check.__name__.replace("_", " "))
+        for problem in problems[:20]:
+            print("      ", problem)
+        if len(problems) > 20:
+            print(f"       and {len(problems) - 20} more")
+    table = sizes()
+    total = sum(lines for part, lines in table.items() if part != "tests")
+    print("\nlines")
+    for part, lines in table.items():
+        print(f"{lines:7,d}  {part}")
+    print(f"{total:7,d}  without tests, of {CEILING:,d} allowed")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
