@@ -8,6 +8,7 @@ __all__ = ['SPLIT_PATTERN', 'count_pairs', 'merge_pair', 'best_pair', 'train_bpe
 # %% ../nbs/03_tokenization.ipynb #48315255
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 import regex
 
@@ -18,7 +19,7 @@ def count_pairs(
     "Count every pair of neighbours, weighted by how often its sequence occurs."
     counts = Counter()
     for ids, n in words.items():
-        for pair in zip(ids, ids[1:]):
+        for pair in pairwise(ids):
             counts[pair] += n
     return counts
 
@@ -78,7 +79,7 @@ def encode_chunk(
     "Join the neighbours whose union has the lowest rank until none is a token."
     parts = [chunk[i : i + 1] for i in range(len(chunk))]
     while len(parts) > 1:
-        unions = [a + b for a, b in zip(parts, parts[1:])]
+        unions = [a + b for a, b in pairwise(parts)]
         rank, i = min((ranks.get(u, len(ranks)), i) for i, u in enumerate(unions))
         if rank == len(ranks):
             break

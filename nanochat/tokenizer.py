@@ -44,6 +44,8 @@ def learn_ranks(
     trainer = rustbpe.Tokenizer()
     try:
         trainer.train_from_iterator(iter(texts), num_tokens, pattern=pattern)
+    except UserError:
+        raise  # the texts' own complaint, for example a missing corpus
     except ValueError as error:
         raise UserError(f"the tokenizer cannot be trained: {error}") from error
     return [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
@@ -117,7 +119,9 @@ def load_tiktoken_ranks(
     "Read a vocabulary in OpenAI's text format."
     try:
         lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
-        ranks = {int(rank): base64.b64decode(token) for token, rank in lines}
+        ranks = {
+            int(rank): base64.b64decode(token, validate=True) for token, rank in lines
+        }
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: put the vocabulary there") from None
     except ValueError as error:

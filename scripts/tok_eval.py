@@ -71,7 +71,7 @@ class TokEvalConfig:
 
 
 def samples(config: TokEvalConfig) -> dict[str, list[str]]:
-    "Collect the texts: six of our own, and the beginning of both splits."
+    "Collect the texts: five of our own, and the beginning of both splits."
     own = {"news": NEWS, "science": SCIENCE, "code": CODE}
     own |= {"maths": MATHS, "Korean": KOREAN}
     texts = {name: [text] for name, text in own.items()}
@@ -109,14 +109,14 @@ def compare(texts: dict[str, list[str]], tokenizers: dict) -> list[dict]:
 def show(rows: list[dict], tokenizers: dict) -> None:
     "Print the table; per cent of tokens that ours saves against each reference."
     table = Table(title="Bytes per token (more is better)")
-    table.add_column("text")
+    table.add_column("text", no_wrap=True)
     table.add_column("bytes", justify="right")
     for key, tokenizer in tokenizers.items():
         table.add_column(
             f"{TITLES[key]}\n{tokenizer.get_vocab_size():,}", justify="right"
         )
         if key != "ours":
-            table.add_column(f"tokens saved\nagainst {TITLES[key]}", justify="right")
+            table.add_column("saves\ntokens", justify="right")
     for row in rows:
         cells = [row["text"], f"{row['bytes']:,}"]
         for key in tokenizers:

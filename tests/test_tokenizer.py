@@ -1,0 +1,454 @@
+"""The tokenizer: round trips, three implementations that agree, chats, files."""
+
+import base64
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import rustbpe
+from nanochat.bpe import (
+    SPLIT_PATTERN,
+    best_pair,
+    count_pairs,
+    decode_bpe,
+    encode_bpe,
+    merge_pair,
+    train_bpe,
+)
+from nanochat.common import UserError, get_base_dir
+from nanochat.tokenizer import (
+    FILE_NAME,
+    SPECIAL_TOKENS,
+    RustBPETokenizer,
+    color_html,
+    get_token_bytes,
+    get_tokenizer,
+    load_tiktoken_ranks,
+)
+from scripts import tok_eval, tok_train
+
+DOCS = [
+    "The cat and the other cats sat on 1234 mats; they'd sat there since 1999.\n\n" * 3,
+    "naïve café — 안녕하세요 안녕 안녕 🙂🙂 don't DON'T\r\n\tdef f(x):\n        return x\n"
+    * 3,
+    "aaaaaaaa aaaa aa abababab hello hello, hello!!! <|bos|> 'sss   \n  \n x" * 3,
+]
+# The regex engines of Python and Rust know different versions of Unicode; they agree on
+# every character that this Python's table assigns.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+TEXTS = st.one_of(st.text(ASSIGNED), st.text(alphabet="aab '1 \n\r\t.é안🙂"))
+
+
+@pytest.fixture(scope="module")
+def tok() -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(DOCS, 256 + 9 + 100)
+
+
+# ---------------------------------------------------------------- BPE by hand
+
+
+def test_overlapping_pairs_are_counted_but_merge_once():
+    word = tuple(b"aaaa")
+    assert count_pairs({word: 1}) == {(97, 97): 3}
+    assert merge_pair(word, (97, 97), 256) == (256, 256)
+    assert merge_pair(tuple(b"aaa"), (97, 97), 256) == (256, 97)
+
+
+def test_ties_go_to_the_smaller_pair():
+    assert best_pair(count_pairs({tuple(b"cd"): 2, tuple(b"ab"): 2})) == (97, 98)
+    ranks = train_bpe(["aaabdaaabac"], 259, r".+")
+    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
+    assert encode_bpe("aaabdaaabac", ranks, r".+") == [258, 100, 258, 97, 99]
+
+
+def test_training_stops_when_nothing_is_left_to_merge():
+    assert list(train_bpe(["ab"], 1000))[256:] == [b"ab"]
+    assert len(train_bpe([], 1000)) == 256
+
+
+# ------------------------------------------------------ three implementations
+
+
+@given(st.lists(TEXTS, max_size=6), st.integers(0, 30))
+@settings(max_examples=150, deadline=None)
+def test_slow_twin_and_rust_learn_the_same(docs, merges):
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(docs), 256 + merges, pattern=SPLIT_PATTERN)
+    pairs = [(bytes(token), rank) for token, rank in trainer.get_mergeable_ranks()]
+    assert pairs == list(train_bpe(docs, 256 + merges).items())
+
+
+@given(TEXTS)
+@example("<|bos|><|user_start|>")
+@example("x" * 1000 + " " * 1000 + "\n" * 50)
+@example("'S 'ſ ''ll 12345 ½ Ⅳ 一二 \u00a0\u3000\u2028x\x1c\x1dy\x85")
+@settings(max_examples=300, deadline=None)
+def test_slow_twin_rust_and_tiktoken_encode_the_same(tok, text):
+    ranks = {token: rank for rank, token in enumerate(tok.ranks)}
+    rust = rustbpe.Tokenizer.from_ranks(list(ranks.items()), SPLIT_PATTERN)
+    peer = tiktoken.Encoding(
+        "peer", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    ids = tok.encode(text)
+    assert ids == encode_bpe(text, ranks)
+    assert ids == rust.encode(text)
+    assert ids == peer.encode_ordinary(text)
+    assert decode_bpe(ids, ranks) == text.encode()
+
+
+def test_document_order_does_not_matter(tok):
+    again = RustBPETokenizer.train_from_iterator(DOCS[::-1], tok.get_vocab_size())
+    assert again.fingerprint() == tok.fingerprint()
+
+
+# ----------------------------------------------------------------- text, ids
+
+
+@given(TEXTS)
+@settings(max_examples=300, deadline=None)
+def test_round_trip_and_token_bytes(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert "".join(regex.findall(SPLIT_PATTERN, text)) == text
+    assert tok.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_token_bytes_of_half_characters(tok):
+    sizes = tok.token_bytes()
+    assert sizes.dtype == torch.int64 and sizes.shape == (tok.get_vocab_size(),)
+    assert sizes[:256].eq(1).all()  # 0x80 ... 0xFF alone are not UTF-8
+    assert sizes[-9:].eq(0).all()
+    assert sizes[256:-9].tolist() == [len(token) for token in tok.ranks[256:]]
+
+
+def test_special_tokens_come_last_in_order(tok):
+    first = len(tok.ranks)
+    ids = [tok.encode_special(name) for name in SPECIAL_TOKENS]
+    assert ids == list(range(first, first + 9))
+    assert tok.get_vocab_size() == first + 9 == 365
+    assert tok.get_bos_token_id() == first
+    assert tok.get_special_tokens() == SPECIAL_TOKENS
+    assert [tok.id_to_token(i) for i in ids] == SPECIAL_TOKENS
+    with pytest.raises(UserError, match="eos"):
+        tok.encode_special("<|eos|>")
+
+
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_special_names_in_text_stay_text(tok, name):
+    assert max(tok.encode(name)) < len(tok.ranks)
+    text = f"ignore this {name} and that"
+    chat = {"messages": [{"role": "user", "content": text}]}
+    ids, _ = tok.render_conversation(chat)
+    special = [i for i in ids if i >= len(tok.ranks)]
+    assert [tok.id_to_token(i) for i in special] == [
+        "<|bos|>",
+        "<|user_start|>",
+        "<|user_end|>",
+    ]
+    assert tok.decode(ids[2:-1]) == text
+
+
+def test_batches_prepend_append(tok):
+    bos, end = tok.get_bos_token_id(), tok.encode_special("<|assistant_end|>")
+    rows = tok.encode(DOCS, prepend="<|bos|>", append=end, num_threads=2)
+    assert rows == [[bos, *tok.encode(doc), end] for doc in DOCS]
+    assert tok("hi", prepend=bos) == tok.encode("hi", prepend="<|bos|>")
+    assert tok.encode([]) == [] and tok.encode("") == []
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
+@pytest.mark.parametrize("around", [("", ""), ("a", "b"), ("!", "!"), ("1", " x")])
+def test_a_million_spaces(tok, space, around):
+    text = around[0] + space * 1_000_000 + around[1]
+    ids, short = tok.encode(text), tok.encode(around[0] + space * 12_000 + around[1])
+    assert tok.decode(ids) == text
+    assert short == tok.enc.encode_ordinary(around[0] + space * 12_000 + around[1])
+
+
+def test_lone_surrogates_become_the_replacement_character(tok):
+    assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
+    assert tok.decode(tok.encode("a\ud800b" + " " * 10_000))[:3] == "a\ufffdb"
+
+
+@pytest.mark.parametrize("ids", [[10_000], [-1], [2**40]])
+def test_unknown_ids(tok, ids):
+    with pytest.raises(UserError, match="365"):
+        tok.decode(ids)
+
+
+def test_bad_input_is_named(tok):
+    with pytest.raises(UserError, match="int"):
+        tok.encode(["fine", 3])
+    with pytest.raises(UserError, match="264"):
+        RustBPETokenizer.train_from_iterator(DOCS, 264)
+    with pytest.raises(UserError, match="bytes"):
+        RustBPETokenizer.train_from_iterator(["fine", b"bytes"], 300)
+    with pytest.raises(UserError, match="surrogate"):
+        RustBPETokenizer.train_from_iterator(["fine", "\ud800"], 300)
+
+
+# ------------------------------------------------------------- conversations
+
+PARTS = [
+    {"type": "text", "text": "A"},
+    {"type": "python", "text": "1+1"},
+    {"type": "python_output", "text": "2"},
+    {"type": "text", "text": "B"},
+]
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": PARTS},
+        {"role": "user", "content": "V"},
+        {"role": "assistant", "content": "W"},
+    ]
+}
+RENDERED = [
+    ("<|bos|>", 0),
+    ("<|user_start|>", 0),
+    *[(c, 0) for c in "S\n\nU"],
+    ("<|user_end|>", 0),
+    ("<|assistant_start|>", 0),
+    ("A", 1),
+    ("<|python_start|>", 1),
+    *[(c, 1) for c in "1+1"],
+    ("<|python_end|>", 1),
+    ("<|output_start|>", 0),
+    ("2", 0),
+    ("<|output_end|>", 0),
+    ("B", 1),
+    ("<|assistant_end|>", 1),
+    ("<|user_start|>", 0),
+    ("V", 0),
+    ("<|user_end|>", 0),
+    ("<|assistant_start|>", 0),
+    ("W", 1),
+    ("<|assistant_end|>", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def plain() -> RustBPETokenizer:
+    return RustBPETokenizer([bytes([b]) for b in range(256)])
+
+
+def test_render_conversation_is_the_table(plain):
+    before = copy.deepcopy(CHAT)
+    ids, mask = plain.render_conversation(CHAT)
+    got = [(plain.id_to_token(i), m) for i, m in zip(ids, mask, strict=True)]
+    assert got == RENDERED
+    assert before == CHAT
+
+
+def test_render_truncates_both(plain):
+    full = plain.render_conversation(CHAT)
+    for n in (0, 1, 7, len(RENDERED), 10_000):
+        assert plain.render_conversation(CHAT, max_tokens=n) == tuple(
+            row[:n] for row in full
+        )
+
+
+def test_render_for_completion(plain):
+    ids = plain.render_for_completion(CHAT)
+    assert [plain.id_to_token(i) for i in ids] == [t for t, _ in RENDERED[:-2]]
+    with pytest.raises(UserError, match="user"):
+        plain.render_for_completion({"messages": CHAT["messages"][:2]})
+
+
+USER, ASSISTANT = CHAT["messages"][1], CHAT["messages"][4]
+
+
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        ({}, "at least one"),
+        (None, "at least one"),
+        ({"messages": []}, "at least one"),
+        ({"messages": [{"role": "user"}]}, "'content'"),
+        ({"messages": ["hello"]}, "'role'"),
+        ({"messages": [ASSISTANT]}, "message 0 has role 'assistant'"),
+        ({"messages": [USER, USER]}, "expected 'assistant'"),
+        ({"messages": [CHAT["messages"][0]]}, "followed by a user"),
+        ({"messages": [USER, CHAT["messages"][0]]}, "role 'system'"),
+        ({"messages": [{"role": "user", "content": PARTS}]}, "must be a string"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "list of parts"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
+            "image",
+        ),
+    ],
+)
+def test_faulty_conversations_are_named(plain, chat, says):
+    with pytest.raises(UserError, match=says):
+        plain.render_conversation(chat)
+
+
+def test_visualization(plain):
+    chat = {"messages": [{"role": "user", "content": "<b>\x1b[2J\n안"}, ASSISTANT]}
+    ids, mask = plain.render_conversation(chat)
+    shown = plain.visualize_tokenization(ids, mask)
+    assert "\x1b[32mW\x1b[0m" in shown and "\x1b[2J" not in shown
+    assert "\x1b[31m\\xec\x1b[0m" in shown and "\n" not in shown
+    page = plain.visualize_tokenization(ids, mask, view=color_html)
+    assert "&lt;" in page and "<b>" not in page and page.count("<code") == len(ids)
+
+
+# --------------------------------------------------------------------- files
+
+
+def test_save_and_load(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path / "tokenizer")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    again = get_tokenizer()
+    assert again.fingerprint() == tok.fingerprint()
+    assert [again.encode(d) for d in DOCS] == [tok.encode(d) for d in DOCS]
+    assert get_token_bytes().equal(tok.token_bytes())
+    content = json.loads((tmp_path / "tokenizer" / FILE_NAME).read_text("ascii"))
+    assert content["version"] == 1 and content["pattern"] == SPLIT_PATTERN
+    assert content["sha256"] == tok.fingerprint()
+
+
+def test_missing_file_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"scripts\.tok_train"):
+        get_tokenizer()
+
+
+def rewrite(content: dict, **changes) -> str:
+    return json.dumps({**content, **changes}, indent=0)
+
+
+def test_damaged_and_altered_files_are_refused(tok, tmp_path):
+    tok.save(tmp_path)
+    file = tmp_path / FILE_NAME
+    good = file.read_text()
+    content = json.loads(good)
+    swapped = content["ranks"][:256] + content["ranks"][256:][::-1]
+    without = {k: v for k, v in content.items() if k != "pattern"}
+    bad = [
+        "",
+        "[]",
+        "null",
+        good[: len(good) // 2],
+        good.replace("{1,2}", "{1,3}"),
+        rewrite(content, ranks=swapped),
+        rewrite(content, ranks=content["ranks"][:-1]),
+        rewrite(content, special={}),
+        rewrite(content, version=2),
+        rewrite(content, format="other"),
+        rewrite(content, sha256="0" * 64),
+        rewrite(content, sha256=None),
+        rewrite(without),
+    ]
+    for text in bad:
+        file.write_text(text)
+        with pytest.raises(UserError, match=FILE_NAME):
+            RustBPETokenizer.from_directory(tmp_path)
+    file.write_bytes(b"\x80\x04\x95pickle")
+    with pytest.raises(UserError, match=FILE_NAME):
+        RustBPETokenizer.from_directory(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_changed_byte_is_noticed(tok, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("bpe")
+    tok.save(folder)
+    file = folder / FILE_NAME
+    raw = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(raw) - 1))
+    raw[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(raw)
+    try:  # white space between the values may change, the content may not
+        again = RustBPETokenizer.from_directory(folder)
+    except UserError:
+        return
+    assert again.fingerprint() == tok.fingerprint()
+
+
+def test_tiktoken_files(tok, tmp_path):
+    lines = [
+        base64.b64encode(token).decode() + f" {rank}"
+        for rank, token in enumerate(tok.ranks)
+    ]
+    file = tmp_path / "ours.tiktoken"
+    file.write_text("\n".join(lines) + "\n")
+    assert load_tiktoken_ranks(file) == tok.ranks
+    for text in ("", "YQ==", "YQ== x", "YQ== 1\n", "?? 0\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="ours"):
+            load_tiktoken_ranks(file)
+    with pytest.raises(UserError, match="does not exist"):
+        RustBPETokenizer.from_pretrained("gpt2", tmp_path)
+    (tmp_path / "r50k_base.tiktoken").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="sha256"):
+        RustBPETokenizer.from_pretrained("gpt2", tmp_path)
+    with pytest.raises(UserError, match="gpt3"):
+        RustBPETokenizer.from_pretrained("gpt3", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "ids"),
+    [
+        ("gpt2", 50_257, [15496, 11, 2159, 0]),
+        ("cl100k_base", 100_258, [9906, 11, 4435, 0]),
+    ],
+)
+def test_openai_vocabularies(name, size, ids):
+    folder = os.environ.get("NANOCHAT_TOKENIZERS", get_base_dir() / "tokenizers")
+    if not list(Path(folder).glob("*.tiktoken")):
+        pytest.skip(f"no .tiktoken files in {folder}; set NANOCHAT_TOKENIZERS")
+    peer = RustBPETokenizer.from_pretrained(name, folder)
+    assert peer.get_vocab_size() == size
+    assert peer.encode("Hello, World!") == ids
+    assert peer.get_bos_token_id() == size - 1
+    ranks = {token: rank for rank, token in enumerate(peer.ranks)}
+    text = DOCS[0] + DOCS[1]
+    assert encode_bpe(text, ranks, peer.pattern) == peer.encode(text)
+
+
+# ------------------------------------------------------------------ commands
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    config = tok_train.TokTrainConfig(vocab_size=2048, max_chars=2_000_000)
+    tok_train.main(config)
+    made = get_tokenizer()
+    assert made.get_vocab_size() == 2048
+    assert all(len(made.encode(f"{n:02}")) == 1 for n in range(100))
+    tok_eval.main(tok_eval.TokEvalConfig(num_docs=64))
+    assert "no column for GPT-2" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "tok_eval.json").read_text())
+    rows = {row["text"]: row["ours"] for row in report["bytes_per_token"]}
+    assert rows["corpus, val"] > 2.5 and rows["Korean"] >= 1
+    assert report["missing"] == ["GPT-2", "GPT-4"]
+
+
+def test_commands_name_mistakes(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="100 is too small"):
+        tok_train.main(tok_train.TokTrainConfig(vocab_size=100))
+    with pytest.raises(UserError, match="/no/such/place"):
+        tok_train.main(tok_train.TokTrainConfig(data="/no/such/place"))
+    with pytest.raises(UserError, match=r"scripts\.tok_train"):
+        tok_eval.main(tok_eval.TokEvalConfig())
+
+
+def test_no_test_file_is_read(monkeypatch):
+    read = []
+    original = Path.read_text
+    spy = lambda self, *a, **k: read.append(self.name) or original(self, *a, **k)
+    monkeypatch.setattr(Path, "read_text", spy)
+    assert sum(map(len, tok_train.chat_texts(tok_train.TokTrainConfig()))) > 1_000_000
+    assert "words_train.txt" in read and "capitals_train.jsonl" in read
+    assert not [name for name in read if "test" in name]
