@@ -195,7 +195,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 EDITORIAL = re.compile(r"^([\[{]|\*|- - -|_{3,}|THE END|The End|FINIS|End of)")
-SLUR = re.compile(r"\bnigg|\bwop\b|\bkike|\bchink\b|\bsodom", re.I)
+SLUR = re.compile(r"\bnigg|\bwop\b|\bkike|\bchink\b|\bsodom|\bslut|\bwhore", re.I)
 
 
 def clean_paragraph(text: str) -> str:
@@ -287,14 +287,14 @@ def read_austen(cache: Path) -> Iterator[Unit]:
             lines.append(data[here + 8 : here + 8 + size].decode("utf-8"))
             here += 8 + size
         book = title_case(lines[0])
-        for i, (head, body) in enumerate(split_chapters("\n".join(lines))):
-            body = [
-                p
-                for p in body
-                if not re.match(r"by jane austen|\(1\d{3}\)$|by$", p, re.I)
-            ]
-            if i and sum(map(len, body)) > 400:
-                yield "austen", f"{book} {i} {head}", body
+        chapters: list[tuple[str, list[str]]] = []
+        for head, body in split_chapters("\n".join(lines)):
+            if re.match("chapter", head, re.I):
+                chapters.append((head, body))
+            elif chapters and "NOTE ON THE TEXT" not in head:  # a letter, a charade
+                chapters[-1][1].extend(body)
+        for i, (head, body) in enumerate(chapters):
+            yield "austen", f"{book} {i} {head}", body
 
 
 def read_mobydick(cache: Path) -> Iterator[Unit]:
@@ -373,7 +373,8 @@ def read_factbook(cache: Path) -> Iterator[Unit]:
             else ""
         ]
         intro.append(f"Its capital is {c}." if (c := capital_of(facts)) else "")
-        body.append(" ".join(filter(None, intro)))
+        where = re.sub(r"is in (Caribbean|Middle East)", r"is in the \1", intro[0])
+        body.append(" ".join(filter(None, [where, *intro[1:]])))
         body += re.split(r"(?<=\.) \+\+ ", sentence(get("Introduction", "Background")))
         for label, section, key in (
             ("The climate", "Geography", "Climate"),
@@ -479,12 +480,14 @@ def pieces(body: list[str]) -> Iterator[str]:
             parts.append(p[:at].strip())
             p = p[at:]
         parts.append(p)
-    chunk: list[str] = []
+    chunk, size = [], 0
     for p in parts:
-        if chunk and sum(map(len, chunk)) + 2 * len(chunk) + len(p) > MAX_CHARS:
+        # A piece of a line or two takes in the next paragraph, however long.
+        if size >= MAX_CHARS // 4 and size + len(p) > MAX_CHARS:
             yield "\n\n".join(chunk)
-            chunk = []
+            chunk, size = [], 0
         chunk.append(p)
+        size += len(p) + 2
     if chunk:
         yield "\n\n".join(chunk)
 
