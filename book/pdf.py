@@ -113,6 +113,8 @@ def clean(html: str) -> tuple[str, str]:
     for tag in body.select("summary"):  # 'Show code cell source': paper shows it anyway
         tag.decompose()
     clean_notes(soup, body)
+    for tag in body.select("details"):  # folded on the screen, open on paper
+        del tag["class"]
     for tag in body.select("details, section, aside"):
         tag.name = "div"
     clean_code(soup, body)
