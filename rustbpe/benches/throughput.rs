@@ -15,15 +15,11 @@ fn corpus() -> Vec<String> {
 }
 
 fn invented(bytes: usize) -> String {
-    let syllables = [
-        "ka", "lo", "mi", "ter", "an", "sol", "eth", "ing", "er", "pra",
-    ];
+    let syllables = ["ka", "lo", "mi", "ter", "an", "sol", "eth", "ing", "er", "pra"];
     let mut seed = 42_u64;
     let mut text = String::new();
     while text.len() < bytes {
-        seed = seed
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         // A rank with density 1/rank up to e^9, written in base ten with syllables as digits.
         let uniform = (seed >> 11) as f64 / (1_u64 << 53) as f64;
         let mut rank = (9.0 * uniform).exp() as usize;

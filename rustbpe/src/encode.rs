@@ -1,21 +1,16 @@
 //! Step 3: text to tokens and back.
 //!
-//! Inside a chunk, the pair of neighbours whose merge has the lowest rank is merged first, the
-//! leftmost one among equals, until no pair is left that makes a token.
+//! Inside a chunk, the pair of neighbours whose merge has the lowest rank is merged
+//! first, the leftmost one among equals, until no pair is left that makes a token.
 //!
-//! A pair may be merged when its bytes together are a token. (This is tiktoken's rule. For
-//! ranks that come from training it says the same as "when this very pair was learned".)
+//! A pair may be merged when its bytes together are a token. (This is tiktoken's rule.
+//! For ranks that come from training it says the same as "when this pair was learned".)
 
 use crate::{Error, Id, Pair, Result, Splitter};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-
-/// Chunks up to this many bytes are merged by scanning, longer ones with a heap.
-const SHORT: usize = 100;
-
-const NONE: u32 = u32::MAX;
 
 // [tokenizer]
 /// A vocabulary with its split pattern.
@@ -27,16 +22,16 @@ pub struct Tokenizer {
     merges: FxHashMap<Pair, Id>,
     bytes: [Id; 256],
 }
+// [/tokenizer]
 
+// [build]
 impl Tokenizer {
     /// The 256 bytes and one token per merge, in the order of the merges.
     pub fn new(merges: Vec<Pair>, pattern: &str) -> Result<Self> {
         let mut tokens: Vec<Box<[u8]>> = (0..=255).map(|b| [b].into()).collect();
         for pair in merges {
             let part = |id: Id| {
-                tokens
-                    .get(id as usize)
-                    .ok_or(Error::UnknownId(id, tokens.len()))
+                tokens.get(id as usize).ok_or(Error::UnknownId(id, tokens.len()))
             };
             let token = [part(pair.0)?.as_ref(), part(pair.1)?.as_ref()].concat();
             tokens.push(token.into());
@@ -56,27 +51,32 @@ impl Tokenizer {
         }
         let mut bytes = [0; 256];
         for (byte, id) in (0..=255_u8).zip(&mut bytes) {
-            let missing = || Error::Ranks(format!("no token for the single byte {byte}"));
+            let missing =
+                || Error::Ranks(format!("no token for the single byte {byte}"));
             *id = *ids.get([byte].as_slice()).ok_or_else(missing)?;
         }
-        let mut merges = FxHashMap::default();
-        for (id, token) in tokens.iter().enumerate() {
-            for cut in 1..token.len() {
-                let (left, right) = token.split_at(cut);
-                if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
-                    merges.insert((left, right), id as Id);
-                }
+        let merges = joins(&tokens, &ids);
+        Ok(Self { splitter, tokens, ids, merges, bytes })
+    }
+}
+
+/// Every pair of tokens whose bytes together are a token, with that token's id.
+fn joins(tokens: &[Box<[u8]>], ids: &FxHashMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
+    let mut merges = FxHashMap::default();
+    for (id, token) in tokens.iter().enumerate() {
+        for cut in 1..token.len() {
+            let (left, right) = token.split_at(cut);
+            if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                merges.insert((left, right), id as Id);
             }
         }
-        Ok(Self {
-            splitter,
-            tokens,
-            ids,
-            merges,
-            bytes,
-        })
     }
+    merges
+}
+// [/build]
 
+// [encode]
+impl Tokenizer {
     /// The tokens in the order of their ids.
     pub fn tokens(&self) -> &[Box<[u8]>] {
         &self.tokens
@@ -96,11 +96,11 @@ impl Tokenizer {
     }
 
     /// Encode many texts on all cores.
-    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S]) -> Result<Vec<Vec<Id>>> {
-        texts
-            .par_iter()
-            .map(|text| self.encode(text.as_ref()))
-            .collect()
+    pub fn encode_batch<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+    ) -> Result<Vec<Vec<Id>>> {
+        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
     /// The bytes of a list of tokens. They need not be valid UTF-8.
@@ -113,7 +113,14 @@ impl Tokenizer {
         Ok(out)
     }
 }
-// [/tokenizer]
+// [/encode]
+
+// [short]
+/// Chunks up to this many bytes are merged by scanning, longer ones with a heap.
+const SHORT: usize = 100;
+
+/// Stands for "this pair is no token", later than every rank.
+const NONE: Id = Id::MAX;
 
 impl Tokenizer {
     /// Append the tokens of one chunk.
@@ -128,13 +135,12 @@ impl Tokenizer {
         }
     }
 
-    // [short]
-    /// Scan for the lowest rank, merge there, repeat: quadratic, and fastest for a short chunk.
+    /// Scan for the lowest rank, merge there, repeat: quadratic, fastest when short.
     fn merge_short(&self, chunk: &[u8], out: &mut Vec<Id>) {
         let start = out.len();
         out.extend(chunk.iter().map(|&b| self.bytes[b as usize]));
         let rank = |a: Id, b: Id| self.merges.get(&(a, b)).copied().unwrap_or(NONE);
-        // ranks[i] is the rank of the pair (i, i + 1); the last one has no right neighbour.
+        // ranks[i] belongs to the pair (i, i + 1); the last id has no right neighbour.
         let mut ranks = [NONE; SHORT];
         for i in 1..chunk.len() {
             ranks[i - 1] = rank(out[start + i - 1], out[start + i]);
@@ -149,26 +155,25 @@ impl Tokenizer {
             ranks.copy_within(i + 1..len, i);
             len -= 1;
             let ids = &out[start..];
-            ranks[i] = if i + 1 < len {
-                rank(ids[i], ids[i + 1])
-            } else {
-                NONE
-            };
+            ranks[i] = if i + 1 < len { rank(ids[i], ids[i + 1]) } else { NONE };
             if i > 0 {
                 ranks[i - 1] = rank(ids[i - 1], ids[i]);
             }
         }
     }
-    // [/short]
+}
+// [/short]
 
-    // [long]
+// [long]
+impl Tokenizer {
     /// A heap of candidates over a linked list: O(n log n) for a chunk of any length.
     fn merge_long(&self, chunk: &[u8], out: &mut Vec<Id>) {
         let n = chunk.len();
         let mut ids: Vec<Id> = chunk.iter().map(|&b| self.bytes[b as usize]).collect();
         // Neighbours in the list; n stands for "none".
         let mut next: Vec<usize> = (1..=n).collect();
-        let mut prev: Vec<usize> = (0..n).map(|i| i.checked_sub(1).unwrap_or(n)).collect();
+        let mut prev: Vec<usize> =
+            (0..n).map(|i| i.checked_sub(1).unwrap_or(n)).collect();
         let mut alive = vec![true; n];
         let rank = |ids: &[Id], i: usize, j: usize| match (ids.get(i), ids.get(j)) {
             (Some(&a), Some(&b)) => self.merges.get(&(a, b)).copied(),
@@ -195,8 +200,8 @@ impl Tokenizer {
         }
         out.extend((0..n).filter(|&i| alive[i]).map(|i| ids[i]));
     }
-    // [/long]
 }
+// [/long]
 
 #[cfg(test)]
 mod tests {
@@ -213,7 +218,8 @@ mod tests {
         }
         let mut trainer = Trainer::new(GPT4_PATTERN).unwrap();
         trainer.feed(&[&text]).unwrap();
-        let tokenizer = Tokenizer::new(trainer.train(700).unwrap(), GPT4_PATTERN).unwrap();
+        let tokenizer =
+            Tokenizer::new(trainer.train(700).unwrap(), GPT4_PATTERN).unwrap();
         for start in (0..3800).step_by(7) {
             for len in [0, 1, 2, 3, 50, SHORT] {
                 let (mut short, mut long) = (Vec::new(), Vec::new());

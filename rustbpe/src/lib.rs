@@ -66,8 +66,8 @@ impl fmt::Display for Error {
             Error::Split(why) => write!(f, "the split pattern failed on a text: {why}"),
             Error::Gap(at) => write!(
                 f,
-                "the split pattern matches nothing at byte {at} of a text; end it with an \
-                 alternative that matches any character, such as |(?s:.)"
+                "the split pattern matches nothing at byte {at} of a text; end it \
+                 with an alternative for any character, such as |(?s:.)"
             ),
             Error::VocabSize(n) => write!(
                 f,

@@ -1,5 +1,5 @@
-//! The Python module: converts arguments, releases the GIL, turns errors into `ValueError`.
-//! No algorithm lives here.
+//! The Python module: converts arguments, releases the GIL, turns errors into
+//! `ValueError`. No algorithm lives here.
 
 use crate::{Error, Id, Trainer, GPT4_PATTERN};
 use pyo3::exceptions::PyValueError;
@@ -78,7 +78,9 @@ impl Tokenizer {
         ranks.sort_by_key(|(_, rank)| *rank);
         for (i, (_, rank)) in ranks.iter().enumerate() {
             if *rank as usize != i {
-                let why = format!("they must be 0, 1, 2, ... each once, but number {i} is {rank}");
+                let why = format!(
+                    "they must be 0, 1, 2, ... each once, but number {i} is {rank}"
+                );
                 return Err(Error::Ranks(why).into());
             }
         }
@@ -93,11 +95,12 @@ impl Tokenizer {
     }
 
     /// All tokens as (bytes, rank), lowest rank first.
-    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
+    fn get_mergeable_ranks<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> Vec<(Bound<'py, PyBytes>, usize)> {
         let tokens = self.inner.tokens().iter().enumerate();
-        tokens
-            .map(|(rank, token)| (PyBytes::new(py, token), rank))
-            .collect()
+        tokens.map(|(rank, token)| (PyBytes::new(py, token), rank)).collect()
     }
 
     /// The number of tokens.
@@ -113,13 +116,21 @@ impl Tokenizer {
     }
 
     /// Encode many texts on all cores.
-    fn encode_batch(&self, py: Python<'_>, texts: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<Id>>> {
+    fn encode_batch(
+        &self,
+        py: Python<'_>,
+        texts: &Bound<'_, PyAny>,
+    ) -> PyResult<Vec<Vec<Id>>> {
         let texts = Texts::new(texts)?.take(usize::MAX)?;
         Ok(py.detach(|| self.inner.encode_batch(&texts))?)
     }
 
     /// The bytes of a list of tokens.
-    fn decode<'py>(&self, py: Python<'py>, ids: Vec<Id>) -> PyResult<Bound<'py, PyBytes>> {
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Vec<Id>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &self.inner.decode(&ids)?))
     }
     // [/pyencode]
@@ -135,14 +146,15 @@ struct Texts<'py> {
 impl<'py> Texts<'py> {
     fn new(iterable: &Bound<'py, PyAny>) -> PyResult<Self> {
         if iterable.is_instance_of::<PyString>() {
-            let why = "expected an iterable of strings, got one string; put it in a list";
+            let why =
+                "expected an iterable of strings, got one string; put it in a list";
             return Err(PyValueError::new_err(why));
         }
         let items = iterable.try_iter()?;
         Ok(Self { items, seen: 0 })
     }
 
-    /// The next `n` strings, fewer at the end. They borrow Python's own UTF-8, uncopied.
+    /// The next `n` strings, fewer at the end. They borrow Python's own UTF-8.
     fn take(&mut self, n: usize) -> PyResult<Vec<PyBackedStr>> {
         let mut buffer = Vec::new();
         while buffer.len() < n {
@@ -150,7 +162,10 @@ impl<'py> Texts<'py> {
             let item = item?;
             let text = item.extract().map_err(|error| {
                 let kind = item.get_type();
-                PyValueError::new_err(format!("item {} ({kind}) is not text: {error}", self.seen))
+                PyValueError::new_err(format!(
+                    "item {} ({kind}) is not text: {error}",
+                    self.seen
+                ))
             })?;
             buffer.push(text);
             self.seen += 1;

@@ -1,13 +1,13 @@
 //! Step 1: cut text into chunks that no token may cross.
 //!
-//! A split pattern is a regular expression; its matches, one after the other, are the chunks.
-//! Two patterns are so common that they have a scanner of their own: one pass over the
-//! characters, no backtracking, time linear in the text. Any other pattern goes through
-//! `fancy-regex`. `tests/split.rs` holds the two against each other.
+//! A split pattern is a regular expression; its matches, one after the other, are the
+//! chunks. Two patterns are so common that they have a scanner of their own: one pass
+//! over the characters, no backtracking, time linear in the text. Any other pattern goes
+//! through `fancy-regex`. `tests/split.rs` holds the two against each other.
 //!
-//! What we tried: `fancy-regex` for everything (the bench `split` has it 12 times slower, and
-//! it gives up on a million spaces before a letter); `char::is_alphabetic` instead of a table
-//! (it asks for the property Alphabetic, which is more than the category L of the pattern).
+//! What we tried: `fancy-regex` for everything (the bench `split` has it 12 times slower,
+//! and it gives up on a million spaces before a letter); `char::is_alphabetic` instead of
+//! a table (it asks for the property Alphabetic, more than the pattern's category L).
 
 use crate::{Error, Result};
 use fancy_regex::Regex;
@@ -16,10 +16,26 @@ use std::sync::OnceLock;
 
 // [patterns]
 /// The pattern of nanochat: GPT-4's, with at most two digits in a chunk.
-pub const NANOCHAT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const NANOCHAT_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
+    r"|\p{N}{1,2}",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
+    r"|\s*[\r\n]",
+    r"|\s+(?!\S)",
+    r"|\s+",
+);
 
 /// GPT-4's pattern as nanochat's readers know it, with at most three digits in a chunk.
-pub const GPT4_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const GPT4_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
+    r"|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
+    r"|\s*[\r\n]",
+    r"|\s+(?!\S)",
+    r"|\s+",
+);
 // [/patterns]
 
 // [splitter]
@@ -62,7 +78,11 @@ impl Splitter {
     }
 
     /// Call `visit` with every chunk of `text`, in order; together they are the text.
-    pub fn for_each<'t>(&self, text: &'t str, mut visit: impl FnMut(&'t str)) -> Result<()> {
+    pub fn for_each<'t>(
+        &self,
+        text: &'t str,
+        mut visit: impl FnMut(&'t str),
+    ) -> Result<()> {
         match &self.engine {
             Engine::Scanner { max_digits } => {
                 let mut rest = text;
@@ -145,7 +165,8 @@ fn scan(text: &str, max_digits: usize) -> usize {
     }
     // [^\r\n\p{L}\p{N}]?+\p{L}+
     let kind = class(first);
-    let prefix = !matches!(kind, Class::Letter | Class::Number) && !matches!(first, '\r' | '\n');
+    let prefix =
+        !matches!(kind, Class::Letter | Class::Number) && !matches!(first, '\r' | '\n');
     if kind == Class::Letter || prefix {
         let n = run(rest, |c| class(c) == Class::Letter);
         if kind == Class::Letter || n > 0 {
@@ -166,18 +187,22 @@ fn scan(text: &str, max_digits: usize) -> usize {
     if n > 0 {
         return space + n + run(&text[space + n..], |c| matches!(c, '\r' | '\n'));
     }
-    // Only white space is left: \s*[\r\n]|\s+(?!\S)|\s+
-    let blank = &text[..run(text, |c| class(c) == Class::Space)];
-    if let Some(newline) = blank.rfind(['\r', '\n']) {
+    // \s*[\r\n]|\s+(?!\S)|\s+
+    blanks(text, run(text, |c| class(c) == Class::Space))
+}
+
+/// Length of the first chunk of a text that starts with `n` bytes of white space.
+fn blanks(text: &str, n: usize) -> usize {
+    if let Some(newline) = text[..n].rfind(['\r', '\n']) {
         return newline + 1;
     }
-    if blank.len() == text.len() {
-        return blank.len();
+    if n == text.len() {
+        return n;
     }
     // The last blank goes to the word behind it, unless it is the only one.
-    match blank.char_indices().next_back() {
+    match text[..n].char_indices().next_back() {
         Some((last, _)) if last > 0 => last,
-        _ => blank.len(),
+        _ => n,
     }
 }
 

@@ -1,15 +1,15 @@
 //! Step 2: learn merges from text.
 //!
-//! Three phases. With N bytes of text, W different chunks of S bytes in all, and M merges:
+//! Three phases. With N bytes of text whose different chunks have S bytes, and M merges:
 //!
 //! 1. **Count** every chunk: O(N), in parallel. Memory is O(S): text is not kept.
 //! 2. **Index** every pair of neighbours: how often, and in which words. O(S).
-//! 3. **Merge** the most frequent pair, M times. A heap finds it, the index finds its words,
-//!    and only the neighbours of merged pairs change their counts.
+//! 3. **Merge** the most frequent pair, M times. A heap finds it, the index finds its
+//!    words, and only the neighbours of merged pairs change their counts.
 //!
-//! Ties are part of the contract: the highest count wins, and among equals the pair with the
-//! smaller ids, compared left first. The result is the same for any number of threads, any
-//! order of the documents, and any size of the batches that `feed` is called with.
+//! Ties are part of the contract: the highest count wins, and among equals the pair with
+//! the smaller ids, compared left first. The result is the same for any number of
+//! threads, any order of the documents, and any size of the batches given to `feed`.
 
 use crate::{Error, Id, Pair, Result, Splitter};
 use rayon::prelude::*;
@@ -17,14 +17,7 @@ use rustc_hash::FxHashMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Is this a possible size of a vocabulary?
-pub fn check(vocab_size: usize) -> Result<()> {
-    if vocab_size < 256 || Id::try_from(vocab_size).is_err() {
-        return Err(Error::VocabSize(vocab_size));
-    }
-    Ok(())
-}
-
+// [trainer]
 /// Counts chunks of text, then learns merges from them.
 #[derive(Debug)]
 pub struct Trainer {
@@ -32,20 +25,26 @@ pub struct Trainer {
     counts: FxHashMap<Box<str>, u64>,
 }
 
+/// Refuse a size that no vocabulary can have.
+pub fn check(vocab_size: usize) -> Result<()> {
+    if vocab_size < 256 || Id::try_from(vocab_size).is_err() {
+        return Err(Error::VocabSize(vocab_size));
+    }
+    Ok(())
+}
+// [/trainer]
+
 // [count]
 impl Trainer {
     /// A trainer that has seen no text yet.
     pub fn new(pattern: &str) -> Result<Self> {
-        Ok(Self {
-            splitter: Splitter::new(pattern)?,
-            counts: FxHashMap::default(),
-        })
+        Ok(Self { splitter: Splitter::new(pattern)?, counts: FxHashMap::default() })
     }
 
     /// Phase 1: split documents in parallel and add up how often each chunk occurs.
     ///
-    /// Every thread counts in a map of its own, whose keys borrow from the documents. Only a
-    /// chunk that the trainer has never seen is copied.
+    /// Every thread counts in a map of its own, whose keys borrow from the documents.
+    /// Only a chunk that the trainer has never seen is copied.
     pub fn feed<S: AsRef<str> + Sync>(&mut self, docs: &[S]) -> Result<()> {
         let per_job = docs.len().div_ceil(4 * rayon::current_num_threads()).max(1);
         let partial = docs
@@ -63,11 +62,15 @@ impl Trainer {
         Ok(())
     }
 
-    fn count<'t, S: AsRef<str>>(&self, docs: &'t [S]) -> Result<FxHashMap<&'t str, u64>> {
+    fn count<'t, S: AsRef<str>>(
+        &self,
+        docs: &'t [S],
+    ) -> Result<FxHashMap<&'t str, u64>> {
         let mut counts = FxHashMap::default();
         for doc in docs {
-            self.splitter
-                .for_each(doc.as_ref(), |chunk| *counts.entry(chunk).or_insert(0) += 1)?;
+            self.splitter.for_each(doc.as_ref(), |chunk| {
+                *counts.entry(chunk).or_insert(0) += 1
+            })?;
         }
         Ok(counts)
     }
@@ -119,8 +122,8 @@ impl Word {
 // [index]
 /// How often a pair occurs, and in which words it was ever seen.
 ///
-/// The count is exact. The list may name a word that has lost the pair since, or one word
-/// twice; merging there finds nothing and does no harm.
+/// The count is exact. The list may name a word that has lost the pair since, or one
+/// word twice; merging there finds nothing and does no harm.
 #[derive(Debug, Default)]
 struct Entry {
     count: u64,
@@ -149,16 +152,70 @@ fn index(words: &[Word]) -> FxHashMap<Pair, Entry> {
 }
 // [/index]
 
+// [best]
+/// Highest count first, then smallest pair: the order that the contract asks for.
+type Heap = BinaryHeap<(u64, Reverse<Pair>)>;
+
+/// Take the most frequent pair from the heap.
+///
+/// Counts of pairs in the heap only fall. So an entry that is out of date is too high,
+/// comes up too early, and goes back in with its true count.
+fn pop_best(heap: &mut Heap, pairs: &FxHashMap<Pair, Entry>) -> Option<Pair> {
+    while let Some((count, Reverse(pair))) = heap.pop() {
+        let now = pairs.get(&pair).map_or(0, |entry| entry.count);
+        if now == count {
+            return Some(pair);
+        }
+        if now > 0 {
+            heap.push((now, Reverse(pair)));
+        }
+    }
+    None
+}
+// [/best]
+
+// [apply]
+/// Merge `pair` in all its words, keep `pairs` true, and return the pairs born.
+///
+/// Only a pair that contains the new token can gain, and no such pair existed before.
+fn apply(
+    pair: Pair,
+    new: Id,
+    words: &mut [Word],
+    pairs: &mut FxHashMap<Pair, Entry>,
+) -> FxHashMap<Pair, Entry> {
+    let places = pairs.remove(&pair).unwrap_or_default().words;
+    let mut born = FxHashMap::<Pair, Entry>::default();
+    for i in places {
+        let word = &mut words[i as usize];
+        let n = word.count;
+        word.merge(pair, new, |changed, more| {
+            if more {
+                let entry = born.entry(changed).or_default();
+                entry.count += n;
+                entry.saw(i);
+            } else if let Some(entry) = born.get_mut(&changed) {
+                entry.count -= n;
+            } else if let Some(entry) = pairs.get_mut(&changed) {
+                entry.count -= n;
+            }
+        });
+    }
+    born.retain(|_, entry| entry.count > 0);
+    born
+}
+// [/apply]
+
 // [merge]
 impl Trainer {
-    /// Learn merges until the vocabulary has `vocab_size` tokens, or nothing is left to merge.
+    /// Learn merges until there are `vocab_size` tokens, or nothing is left to merge.
     ///
     /// Returns the merges in order: the k-th one makes token 256 + k.
     pub fn train(self, vocab_size: usize) -> Result<Vec<Pair>> {
         self.train_with(vocab_size, |_| true)
     }
 
-    /// Like `train`, and asks `go_on` before each merge, with the number of merges so far.
+    /// Like `train`, and asks `go_on(merges so far)` before each merge.
     pub fn train_with(
         self,
         vocab_size: usize,
@@ -167,54 +224,21 @@ impl Trainer {
         check(vocab_size)?;
         let mut words = self.words();
         let mut pairs = index(&words);
-
-        // Phase 3. The heap's order is the contract: highest count first, then smallest pair.
-        let mut heap: BinaryHeap<(u64, Reverse<Pair>)> = pairs
-            .iter()
-            .map(|(&pair, entry)| (entry.count, Reverse(pair)))
-            .collect();
+        let queued = |(&pair, entry): (&Pair, &Entry)| (entry.count, Reverse(pair));
+        let mut heap: Heap = pairs.iter().map(queued).collect();
         let mut merges = Vec::new();
         while merges.len() < vocab_size - 256 {
-            let Some((count, Reverse(pair))) = heap.pop() else {
+            let Some(pair) = pop_best(&mut heap, &pairs) else {
                 break;
             };
-            // Lazy: counts of old pairs only fall, so an entry that is out of date is too
-            // high, comes up too early, and is put back with its true count.
-            let now = pairs.get(&pair).map_or(0, |entry| entry.count);
-            if now < count {
-                if now > 0 {
-                    heap.push((now, Reverse(pair)));
-                }
-                continue;
-            }
             if !go_on(merges.len()) {
                 return Err(Error::Interrupted);
             }
             let new = (256 + merges.len()) as Id;
             merges.push(pair);
-            let places = pairs.remove(&pair).unwrap_or_default().words;
-            let mut born = FxHashMap::<Pair, Entry>::default();
-            for i in places {
-                let word = &mut words[i as usize];
-                let n = word.count;
-                word.merge(pair, new, |changed, more| {
-                    let is_new = changed.0 == new || changed.1 == new;
-                    if is_new && more {
-                        let entry = born.entry(changed).or_default();
-                        entry.count += n;
-                        entry.saw(i);
-                    } else if is_new {
-                        born.entry(changed).or_default().count -= n;
-                    } else if let Some(entry) = pairs.get_mut(&changed) {
-                        entry.count -= n;
-                    }
-                });
-            }
-            // Only pairs with the new token can have gained, so only they enter the heap.
-            for (pair, entry) in born.into_iter().filter(|(_, e)| e.count > 0) {
-                heap.push((entry.count, Reverse(pair)));
-                pairs.insert(pair, entry);
-            }
+            let born = apply(pair, new, &mut words, &mut pairs);
+            heap.extend(born.iter().map(queued));
+            pairs.extend(born);
         }
         Ok(merges)
     }
@@ -238,10 +262,7 @@ mod tests {
     use super::*;
 
     fn changes(ids: &[Id], pair: Pair) -> (Vec<Id>, Vec<(Pair, i64)>) {
-        let mut word = Word {
-            ids: ids.to_vec(),
-            count: 1,
-        };
+        let mut word = Word { ids: ids.to_vec(), count: 1 };
         let mut net = std::collections::BTreeMap::new();
         word.merge(pair, 9, |p, more| {
             *net.entry(p).or_insert(0) += if more { 1 } else { -1 };
@@ -253,13 +274,8 @@ mod tests {
     fn merge_reports_the_change_of_every_pair() {
         let lonely = (vec![9], vec![((1, 2), -1)]);
         assert_eq!(changes(&[1, 2], (1, 2)), lonely);
-        let middle = vec![
-            ((0, 1), -1),
-            ((0, 9), 1),
-            ((1, 2), -1),
-            ((2, 3), -1),
-            ((9, 3), 1),
-        ];
+        let middle =
+            vec![((0, 1), -1), ((0, 9), 1), ((1, 2), -1), ((2, 3), -1), ((9, 3), 1)];
         assert_eq!(changes(&[0, 1, 2, 3], (1, 2)), (vec![0, 9, 3], middle));
         let twice = vec![((1, 2), -2), ((2, 1), -1), ((9, 9), 1)];
         assert_eq!(changes(&[1, 2, 1, 2], (1, 2)), (vec![9, 9], twice));

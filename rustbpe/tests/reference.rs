@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
-use rustbpe::{Error, Id, Pair, Splitter, Tokenizer, Trainer, GPT4_PATTERN, NANOCHAT_PATTERN};
+use rustbpe::{
+    Error, Id, Pair, Splitter, Tokenizer, Trainer, GPT4_PATTERN, NANOCHAT_PATTERN,
+};
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
@@ -27,16 +29,15 @@ fn chunks(text: &str, pattern: &str) -> Vec<Vec<Id>> {
 
 /// Count every pair from scratch, merge the best, repeat.
 fn naive_train(docs: &[String], vocab_size: usize, pattern: &str) -> Vec<Pair> {
-    let mut words: Vec<Vec<Id>> = docs.iter().flat_map(|d| chunks(d, pattern)).collect();
+    let mut words: Vec<Vec<Id>> =
+        docs.iter().flat_map(|d| chunks(d, pattern)).collect();
     let mut merges = Vec::new();
     while 256 + merges.len() < vocab_size {
         let mut counts: HashMap<Pair, u64> = HashMap::new();
         for pair in words.iter().flat_map(|w| w.windows(2)) {
             *counts.entry((pair[0], pair[1])).or_default() += 1;
         }
-        let best = counts
-            .into_iter()
-            .max_by_key(|&(pair, n)| (n, Reverse(pair)));
+        let best = counts.into_iter().max_by_key(|&(pair, n)| (n, Reverse(pair)));
         let Some((pair, _)) = best else { break };
         let new = (256 + merges.len()) as Id;
         words = words.iter().map(|w| merge(w, pair, new)).collect();
@@ -49,10 +50,7 @@ fn naive_train(docs: &[String], vocab_size: usize, pattern: &str) -> Vec<Pair> {
 fn naive_encode(text: &str, merges: &[Pair], pattern: &str) -> Vec<Id> {
     let mut words = chunks(text, pattern);
     for (k, &pair) in merges.iter().enumerate() {
-        words = words
-            .iter()
-            .map(|w| merge(w, pair, (256 + k) as Id))
-            .collect();
+        words = words.iter().map(|w| merge(w, pair, (256 + k) as Id)).collect();
     }
     words.concat()
 }
@@ -65,12 +63,7 @@ fn train(docs: &[String], vocab_size: usize, pattern: &str) -> Vec<Pair> {
 
 /// Texts with many repeats, ties and overlaps, or with anything at all.
 fn text() -> impl Strategy<Value = String> {
-    prop_oneof![
-        "[ab]{0,40}",
-        "[abc ]{0,60}",
-        "[a-e é\n'1]{0,60}",
-        "\\PC{0,30}"
-    ]
+    prop_oneof!["[ab]{0,40}", "[abc ]{0,60}", "[a-e é\n'1]{0,60}", "\\PC{0,30}"]
 }
 
 proptest! {
@@ -169,10 +162,7 @@ fn errors_say_what_is_wrong() {
     assert_eq!(stopped.train_with(300, |n| n < 2), Err(Error::Interrupted));
 
     let tokenizer = Tokenizer::new(vec![(97, 98)], GPT4_PATTERN).unwrap();
-    assert_eq!(
-        tokenizer.decode(&[256, 257]),
-        Err(Error::UnknownId(257, 257))
-    );
+    assert_eq!(tokenizer.decode(&[256, 257]), Err(Error::UnknownId(257, 257)));
     let future = Tokenizer::new(vec![(97, 256)], GPT4_PATTERN);
     assert_eq!(future.err(), Some(Error::UnknownId(256, 256)));
 
@@ -187,10 +177,8 @@ fn errors_say_what_is_wrong() {
 #[test]
 fn bytes_may_have_other_ids() {
     // As in GPT-2's and GPT-4's vocabularies, whose first 256 ranks are not in byte order.
-    let mut tokens = Tokenizer::new(vec![(97, 98)], GPT4_PATTERN)
-        .unwrap()
-        .tokens()
-        .to_vec();
+    let mut tokens =
+        Tokenizer::new(vec![(97, 98)], GPT4_PATTERN).unwrap().tokens().to_vec();
     tokens[..256].reverse();
     let tokenizer = Tokenizer::from_tokens(tokens, GPT4_PATTERN).unwrap();
     assert_eq!(tokenizer.encode("abb").unwrap(), [256, 255 - 98]);
@@ -199,12 +187,9 @@ fn bytes_may_have_other_ids() {
 #[test]
 fn a_long_chunk_takes_no_quadratic_time() {
     let docs = strings(&["^^^^^^^^ aaaaaaaa"]);
-    let tokenizer = Tokenizer::new(train(&docs, 262, GPT4_PATTERN), GPT4_PATTERN).unwrap();
-    for text in [
-        "^".repeat(300_000),
-        " ".repeat(300_000),
-        "a".repeat(300_000),
-    ] {
+    let tokenizer =
+        Tokenizer::new(train(&docs, 262, GPT4_PATTERN), GPT4_PATTERN).unwrap();
+    for text in ["^".repeat(300_000), " ".repeat(300_000), "a".repeat(300_000)] {
         let ids = tokenizer.encode(&text).unwrap();
         assert_eq!(tokenizer.decode(&ids).unwrap(), text.as_bytes());
     }
