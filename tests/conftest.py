@@ -1,0 +1,59 @@
+"""A tiny tokenizer and a tiny trained model, made once for all tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from itertools import islice
+
+import pytest
+
+from nanochat.dataset import iter_documents
+from nanochat.plan import BaseConfig
+
+TINY = dict(
+    depth=1,
+    max_seq_len=64,
+    device_batch_size=2,
+    total_batch_size=256,
+    num_iterations=8,
+    eval_every=-1,
+    eval_tokens=256,
+    save_every=-1,
+    data="embedded",
+    device="cpu",
+)
+
+
+@pytest.fixture
+def tiny() -> dict:
+    "Options of a pretraining run that takes about a second."
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    "A tokenizer of 400 tokens, trained on forty documents."
+    from nanochat.tokenizer import RustBPETokenizer
+
+    texts = (text for text, _ in islice(iter_documents("train"), 40))
+    return RustBPETokenizer.train_from_iterator(texts, 400)
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch, tokenizer):
+    "An empty run folder with the tiny tokenizer."
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_PRESET", "cpu")
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path
+
+
+@pytest.fixture
+def base_model(base_dir, tiny):
+    "The folder of a tiny pretrained model, `d1`."
+    from scripts.base_train import main
+
+    main(BaseConfig(**tiny))
+    return base_dir / "base_checkpoints" / "d1"
