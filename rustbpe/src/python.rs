@@ -1,19 +1,19 @@
 //! The Python module: converts arguments, releases the GIL, turns errors into
 //! `ValueError`. No algorithm lives here.
 
-use crate::{Error, Id, Trainer, GPT4_PATTERN};
+use crate::{Error, Id, Pair, Trainer, GPT4_PATTERN};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
+// [pyclass]
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         PyValueError::new_err(error.to_string())
     }
 }
 
-// [pyclass]
 /// A byte pair encoding tokenizer; without training it knows the 256 bytes.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
@@ -55,23 +55,13 @@ impl Tokenizer {
             py.detach(|| trainer.feed(&buffer))?; // works without it
             py.check_signals()?;
         }
-        // Every 256 merges, let Python look at its signals: Ctrl-C raises here.
-        let mut signal = Ok(());
-        let merges = py.detach(|| {
-            trainer.train_with(vocab_size, |merges| {
-                if merges % 256 == 0 {
-                    signal = Python::attach(|py| py.check_signals());
-                }
-                signal.is_ok()
-            })
-        });
-        signal?;
-        let merges = merges?;
+        let merges = learn(py, trainer, vocab_size)?;
         self.inner = py.detach(|| crate::Tokenizer::new(merges, pattern))?;
         Ok(())
     }
     // [/pytrain]
 
+    // [pyranks]
     /// Make a tokenizer from (bytes, rank) pairs and a split pattern.
     #[staticmethod]
     fn from_ranks(mut ranks: Vec<(Vec<u8>, Id)>, pattern: &str) -> PyResult<Self> {
@@ -108,6 +98,7 @@ impl Tokenizer {
     fn vocab_size(&self) -> usize {
         self.inner.tokens().len()
     }
+    // [/pyranks]
 
     // [pyencode]
     /// Encode one text.
@@ -135,6 +126,23 @@ impl Tokenizer {
     }
     // [/pyencode]
 }
+
+// [learn]
+/// Train without the GIL, but every 256 merges let Python look at its signals.
+fn learn(py: Python<'_>, trainer: Trainer, vocab_size: usize) -> PyResult<Vec<Pair>> {
+    let mut signal = Ok(());
+    let merges = py.detach(|| {
+        trainer.train_with(vocab_size, |merges| {
+            if merges % 256 == 0 {
+                signal = Python::attach(|py| py.check_signals());
+            }
+            signal.is_ok()
+        })
+    });
+    signal?; // what the handler raised, for instance KeyboardInterrupt
+    Ok(merges?)
+}
+// [/learn]
 
 // [texts]
 /// A Python iterable of strings that can say which item is not one.
@@ -175,8 +183,10 @@ impl<'py> Texts<'py> {
 }
 // [/texts]
 
+// [pymodule]
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
     use super::Tokenizer;
 }
+// [/pymodule]
