@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'count_pairs', 'merge_pair', 'best_pair', 'train_bpe', 'encode_chunk', 'encode_bpe', 'decode_bpe']
 
-# %% ../nbs/03_tokenization.ipynb #48315255
+# %% ../nbs/03_tokenization.ipynb #829b4578
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
 import regex
 
-# %% ../nbs/03_tokenization.ipynb #2d6797c3
+# %% ../nbs/03_tokenization.ipynb #8aff03d5
 def count_pairs(
     words: dict[tuple[int, ...], int],  # sequence of token ids -> how often it occurs
 ) -> Counter:  # (left id, right id) -> occurrences, overlapping ones included
@@ -71,7 +71,7 @@ def train_bpe(
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return {token: rank for rank, token in enumerate(tokens)}
 
-# %% ../nbs/03_tokenization.ipynb #7b7a773e
+# %% ../nbs/03_tokenization.ipynb #e1f1f2db
 def encode_chunk(
     chunk: bytes,  # one piece that the split pattern cut
     ranks: dict[bytes, int],  # token -> rank

@@ -95,7 +95,7 @@ def finish(child: subprocess.Popen, code: str, timeout: float) -> bool:
             pass  # nobody is left in the group
         child.wait()
 
-
+# %% ../nbs/08_implementation_details.ipynb #90a71493
 def answer(ours: socket.socket) -> bytes:
     "Read what the child wrote back, without waiting for a survivor that holds the line."
     ours.setblocking(False)

@@ -86,7 +86,7 @@ def recover_merges(
             merges.append((parts[0], parts[1]))
     return merges
 
-
+# %% ../nbs/08_implementation_details.ipynb #fe302a44
 def byte_alphabet() -> dict[int, str]:  # byte -> a visible character
     "Return the table by which byte-level tokenizers of Hugging Face spell bytes."
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -22,13 +22,13 @@ OPERATORS = {
     ast.FloorDiv: operator.floordiv,
 }
 
-
+# %% ../nbs/08_implementation_details.ipynb #7950d4f0
 def divide(a: int | float, b: int | float) -> int | float:
     "Divide; whole numbers that divide exactly stay whole: 24 / 2 is 12."
     whole = isinstance(a, int) and isinstance(b, int) and a % b == 0
     return a // b if whole else a / b
 
-
+# %% ../nbs/08_implementation_details.ipynb #d8aff91d
 def power(a: int | float, b: int | float) -> int | float:
     "Raise to a power whose size is known before it is computed."
     if abs(b) * max(1.0, math.log2(abs(a) + 1)) > MAX_BITS:
@@ -59,7 +59,7 @@ def evaluate(node: ast.AST) -> int | float:
             return text.count(letters)
     raise ValueError(f"not arithmetic: {type(node).__name__}")
 
-
+# %% ../nbs/08_implementation_details.ipynb #221a3095
 def number(node: ast.AST) -> int | float:
     "Compute a subtree and refuse a result that is too large to go on with."
     value = evaluate(node)
