@@ -69,6 +69,7 @@ profile.mkdir(parents=True, exist_ok=True)
     "c.InlineBackend.figure_formats = {'svg'}\n"
     "c.InlineBackend.rc = {'svg.hashsalt': 'nanochat', 'figure.dpi': 100}\n"
     "c.HistoryManager.enabled = False\n"
+    "c.IPKernelApp.log_level = 40\n"
 )
 
 # ---- Text, numbers and citations.

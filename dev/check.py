@@ -25,7 +25,7 @@ from nbdev_reader import module_file, read, split_directives
 
 # Architecture is taught top-down: chapter 4 uses the box that chapter 5 opens.
 FORWARD_IMPORTS = {("gpt", "attention")}
-CEILING = 7600  # lines of package, scripts and crate together
+CEILING = 7600  # lines of package, web page, scripts and crate together, see lines_of
 MACHINE = re.compile(r"/(root|work|home/\w+|tmp/\w+/src)/|/Users/\w")
 
 
@@ -244,29 +244,39 @@ def nothing_of_this_machine() -> list[str]:
     return problems
 
 
-def sizes() -> dict[str, int]:
-    "Count the lines of each part, blank ones and comments included."
+def lines_of(file: Path) -> tuple[int, int]:
+    "Return the lines that say something (not blank, not nbdev's markers), and all lines."
+    text = file.read_text("utf-8")
+    told = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
+    told = [x for x in told.splitlines() if x.strip() and not x.startswith("# %% ")]
+    return len(told), len(text.splitlines())
+
+
+def sizes() -> dict[str, tuple[int, int]]:
+    "Count the lines of each part: those that say something, and all."
     parts = {"package": [], "web page": [], "scripts": [], "crate": [], "tests": []}
     for file in tracked():
         name, suffix = file.relative_to(ROOT).as_posix(), file.suffix
         if name.startswith("nanochat/ui/") and suffix in (".html", ".css", ".js"):
             parts["web page"].append(file)
-        elif name.startswith("nanochat/") and suffix == ".py" and "modidx" not in name:
+        elif re.match(r"nanochat/.*\.py$", name) and file.name != "_modidx.py":
             parts["package"].append(file)
-        elif (name.startswith("scripts/") and suffix == ".py") or name == "speedrun.sh":
+        elif re.match(r"scripts/.*\.py$|speedrun\.sh$", name):
             parts["scripts"].append(file)
         elif name.startswith("rustbpe/src/"):
             parts["crate"].append(file)
         elif re.match(r"(tests|rustbpe/tests)/.*\.(py|rs)$", name):
             parts["tests"].append(file)
-    count = lambda f: len(f.read_text("utf-8").splitlines())
-    return {part: sum(map(count, files)) for part, files in parts.items()}
+    total = lambda files: tuple(map(sum, zip(*map(lines_of, files)))) or (0, 0)
+    table = {part: total(files) for part, files in parts.items()}
+    shipped = [count for part, count in table.items() if part != "tests"]
+    return table | {"all but tests": tuple(map(sum, zip(*shipped)))}
 
 
 def the_code_stays_small() -> list[str]:
     "Package, web page, scripts and crate stay below the ceiling."
-    total = sum(lines for part, lines in sizes().items() if part != "tests")
-    return [f"{total} lines, more than {CEILING}"] if total > CEILING else []
+    told, _ = sizes()["all but tests"]
+    return [f"{told} lines, more than {CEILING}"] if told > CEILING else []
 
 
 CHECKS = [
@@ -291,12 +301,9 @@ def main() -> int:
             print("      ", problem)
         if len(problems) > 20:
             print(f"       and {len(problems) - 20} more")
-    table = sizes()
-    total = sum(lines for part, lines in table.items() if part != "tests")
-    print("\nlines")
-    for part, lines in table.items():
-        print(f"{lines:7,d}  {part}")
-    print(f"{total:7,d}  without tests, of {CEILING:,d} allowed")
+    print(f"\n  lines  with blank ones and markers (ceiling: {CEILING:,d} lines)")
+    for part, (told, every) in sizes().items():
+        print(f"{told:7,d}  {every:7,d}  {part}")
     return min(failed, 1)
 
 
