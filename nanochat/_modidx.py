@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanochat.muon.Muon.step': ('optimization.html#muon.step', 'nanochat/muon.py'),
                                'nanochat.muon.by_shape': ('optimization.html#by_shape', 'nanochat/muon.py'),
                                'nanochat.muon.deal': ('optimization.html#deal', 'nanochat/muon.py'),
+                               'nanochat.muon.in_hands': ('optimization.html#in_hands', 'nanochat/muon.py'),
                                'nanochat.muon.muon_job': ('optimization.html#muon_job', 'nanochat/muon.py'),
                                'nanochat.muon.muon_update': ('optimization.html#muon_update', 'nanochat/muon.py'),
                                'nanochat.muon.orthogonalize': ('optimization.html#orthogonalize', 'nanochat/muon.py')},

@@ -40,7 +40,7 @@ def ranks() -> tuple[int, int]:  # this rank, number of ranks
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
-
+# %% ../nbs/07_optimization.ipynb #8392f583
 def own_rows(
     p: Tensor,  # a parameter
     rank: int,
@@ -60,7 +60,7 @@ def reduce_scatter(out: Tensor, full: Tensor) -> dist.Work:  # work to wait for
     new = getattr(dist, "reduce_scatter_single", None)
     return (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
 
-
+# %% ../nbs/07_optimization.ipynb #e395be4f
 def all_gather(out: Tensor, mine: Tensor) -> dist.Work:  # work to wait for
     "Start to collect every rank's `mine`, one below the other, into `out`."
     new = getattr(dist, "all_gather_single", None)
@@ -69,7 +69,7 @@ def all_gather(out: Tensor, mine: Tensor) -> dist.Work:  # work to wait for
 # %% ../nbs/07_optimization.ipynb #f500d40b
 Job = Generator[None, None, None]
 
-
+# %% ../nbs/07_optimization.ipynb #69deef1f
 def run_jobs(
     jobs: Iterable[Job],  # each pauses (yields) where it would wait for other ranks
 ) -> None:

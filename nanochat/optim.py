@@ -44,7 +44,7 @@ def roles(
     }
     return [role for role, claimed in claims.items() if claimed]
 
-
+# %% ../nbs/07_optimization.ipynb #5de40143
 def assign_roles(
     model: nn.Module,
 ) -> dict[str, dict[str, Tensor]]:  # role -> parameter name -> parameter
@@ -93,7 +93,7 @@ def lr_scale(
     left = (num_steps - step) / fall
     return left + (1 - left) * final_frac
 
-
+# %% ../nbs/07_optimization.ipynb #45a8c7ba
 def muon_momentum(
     step: int,
     start: float = 0.85,
@@ -160,7 +160,7 @@ def collect_state(
                 flat[f"{kind}/{name}/{field}"] = torch.as_tensor(value)
     return flat
 
-
+# %% ../nbs/07_optimization.ipynb #54113314
 def merge_state(
     shards: list[dict[str, Tensor]],  # one per rank that saved, in any order
     params: dict[str, Tensor],
