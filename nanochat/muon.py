@@ -50,13 +50,15 @@ def orthogonalize(
 def muon_update(
     params: list[Tensor],  # equally shaped matrices, changed in place
     grads: Tensor,  # (len(params), rows, columns), overwritten
-    momenta: list[Tensor],  # (rows, columns) averages of gradients, changed in place
+    states: list[dict],  # of each matrix: momentum, its average of gradients
     group: dict,  # lr, momentum, nesterov, method, weight_decay
 ) -> None:
     "Apply one step of Muon to a stack of matrices (Jordan et al., 2024)."
     momentum = group["momentum"]
-    for grad, average in zip(grads, momenta):
-        average.lerp_(grad, 1 - momentum)
+    for grad, state in zip(grads, states):
+        if not state:
+            state["momentum"] = torch.zeros_like(grad)
+        average = state["momentum"].lerp_(grad, 1 - momentum)
         if group["nesterov"]:
             grad.lerp_(average, momentum)
         else:
@@ -98,7 +100,7 @@ def in_hands(
     padded = [(hand + [None] * size)[:size] for hand in hands]
     return [None if i is None else params[i] for hand in padded for i in hand]
 
-# %% ../nbs/07_optimization.ipynb #34ed92fd
+# %% ../nbs/07_optimization.ipynb #10a4129c
 @torch.no_grad()
 def muon_job(
     params: list[Tensor],  # all equally shaped matrices of a group
@@ -119,11 +121,8 @@ def muon_job(
         yield
         work.wait()
     mine = [p for p in order[rank * size : (rank + 1) * size] if p is not None]
-    for p in mine:
-        state[p] = state[p] or {"momentum": torch.zeros_like(p)}
     if mine:
-        momenta = [state[p]["momentum"] for p in mine]
-        muon_update(mine, grads[: len(mine)], momenta, group)
+        muon_update(mine, grads[: len(mine)], [state[p] for p in mine], group)
     if world > 1:
         filled = mine + [zero] * (size - len(mine))
         work = all_gather(stack, torch.stack(filled))

@@ -1,0 +1,54 @@
+"""Keep the results of a speedrun as evidence: one JSON file without paths.
+
+python dev/record.py dev/records/speedrun_cpu.json
+"""
+
+import json
+import subprocess
+import sys
+from datetime import date
+
+from nanochat.common import environment, get_base_dir
+
+
+def slim(section: dict) -> dict:
+    "Drop per-item results, which are large, and paths, which are private."
+    if not isinstance(section, dict):
+        return section
+    drop = {"checkpoint", "path", "items", "scores", "results"}
+    kept = {k: slim(v) for k, v in section.items() if k not in drop}
+    if "samples" in kept:
+        kept["samples"] = kept["samples"][:4]
+    return kept
+
+
+def curve(path) -> list:
+    "Thin a log to about 150 points (step, loss or reward)."
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(r["step"], r.get("loss", r.get("reward"))) for r in records]
+    points = [(step, round(y, 4)) for step, y in points if y is not None]
+    return points[:: max(1, len(points) // 150)]
+
+
+def main(target: str) -> None:
+    base = get_base_dir()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    record = {
+        "command": "bash speedrun.sh",
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "environment": environment(),
+        "sections": {
+            f.stem: slim(json.loads(f.read_text()))
+            for f in sorted((base / "report").glob("*.json"))
+        },
+        "curves": {f.stem: curve(f) for f in sorted((base / "runs").glob("*.jsonl"))},
+    }
+    with open(target, "w") as file:
+        json.dump(record, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+    print(f"{target}: {len(record['sections'])} sections of {base}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
