@@ -206,11 +206,6 @@ fn blanks(text: &str, n: usize) -> usize {
     }
 }
 
-/// Length in bytes of the longest prefix whose characters are all in a set.
-fn run(text: &str, set: impl Fn(char) -> bool) -> usize {
-    text.find(|c| !set(c)).unwrap_or(text.len())
-}
-
 /// Length in bytes of an English contraction's letters after the apostrophe.
 fn contraction(rest: &str) -> Option<usize> {
     let mut chars = rest.chars();
@@ -224,3 +219,10 @@ fn contraction(rest: &str) -> Option<usize> {
     matches!(both, ('l', 'l') | ('v', 'e') | ('r', 'e')).then_some(2)
 }
 // [/scan]
+
+// [run]
+/// Length in bytes of the longest prefix whose characters are all in a set.
+fn run(text: &str, set: impl Fn(char) -> bool) -> usize {
+    text.find(|c| !set(c)).unwrap_or(text.len())
+}
+// [/run]
