@@ -44,6 +44,11 @@ class ChatCliConfig:
     """cuda, mps or cpu; empty: the fastest present."""
 
 
+def visible(text: str) -> str:
+    "Drop control characters: a model must not be able to steer the terminal."
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
 def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
     "Print the reply as it arrives and return it as a message."
     room = min(config.max_tokens, engine.model.config.sequence_len // 4)
@@ -58,9 +63,10 @@ def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
     for event in reply_events(engine, ids, *options, seed):
         events.append(event)
         if "token" in event:
-            print(event["token"], end="", flush=True)
+            print(visible(event["token"]), end="", flush=True)
         elif "tool" in event:
-            print(f"[{event['tool']} = {event['result']}]", end="", flush=True)
+            call = f"[{event['tool']} = {event['result']}]"
+            print(visible(call), end="", flush=True)
     print(" [...]" if events[-1]["reason"] == "length" else "")
     return {"role": "assistant", "content": reply_content(events)}
 

@@ -3,15 +3,19 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import pytest
 import uvicorn
-from chat_model import tiny_engine
+from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 
+from nanochat.checkpoint import save
 from nanochat.engine import Engine
 from nanochat.server import MAX_WAITING, Service, create_app
 
@@ -246,3 +250,57 @@ def test_a_failing_model_ends_the_stream_with_an_error():
         events = read(response.text.splitlines())
         assert "out of memory" in events[-1]["error"]
         assert client.get("/stats").json()["busy"] == 0
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A base folder with a tiny random SFT model, as a speedrun would leave it."
+    folder = tmp_path_factory.mktemp("base")
+    tiny_tokenizer().save(folder / "tokenizer")
+    save(folder / "sft_checkpoints" / "d2", 7, tiny_model())
+    return folder
+
+
+def script(base, *args, text=""):
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *args]
+    return subprocess.run(
+        command,
+        input=text,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_chat_cli_holds_a_conversation(base):
+    lines = ["Hello there", *["some more words"] * 4, "/clear", "x " * 300, "", "/quit"]
+    args = "--max-tokens=8", "--seed=1", "--device=cpu"
+    done = script(base, "scripts.chat_cli", *args, text="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert "not fit into the context" in done.stdout  # oldest turns were dropped
+    assert "[new conversation]" in done.stdout
+    assert "shorten it" in done.stdout  # one message too long for the context
+    assert "\x1b" not in done.stdout and "<|" not in done.stdout
+
+
+def test_chat_cli_answers_once(base):
+    args = "-p", "Hello", "--source=sft", "--max-tokens=4", "--seed=1", "--device=cpu"
+    done = script(base, "scripts.chat_cli", *args)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
+
+
+def test_a_port_in_use_is_one_line_and_exit_2(base):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = script(base, "scripts.chat_web", f"--port={port}", "--device=cpu")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(port) in done.stderr and "--port" in done.stderr
+
+
+def test_no_model_is_one_line_and_exit_2(tmp_path):
+    done = script(tmp_path, "scripts.chat_cli", "-p", "Hello", "--device=cpu")
+    assert done.returncode == 2 and "speedrun.sh" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
