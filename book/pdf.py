@@ -60,6 +60,12 @@ def clean_notes(soup, body) -> None:
         anchor = soup.new_tag("span", id=term["id"])
         del term["id"]
         term.insert(0, anchor)
+    for term in reversed(body.select("dl dt")):  # synonyms share one line
+        after = term.find_next_sibling()
+        if after is not None and after.name == "dt":
+            term.append(", ")
+            term.extend(list(after.contents))
+            after.decompose()
 
 
 def clean_code(soup, body) -> None:
