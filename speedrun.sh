@@ -24,9 +24,10 @@ mkdir -p "$done_dir"
 gpus=1
 [ "$NANOCHAT_PRESET" = gpu8 ] && gpus=8
 stage() { # stage NAME RANKS MODULE [OPTIONS...]
-    local name=$1 ranks=$2 module=$3
+    local name=$1 ranks=$2 module=$3 key
     shift 3
-    if [ "$(cat "$done_dir/$name" 2>/dev/null)" = "$module $*" ]; then
+    key="$module $* $(cksum <settings.ini)"
+    if [ "$(cat "$done_dir/$name" 2>/dev/null)" = "$key" ]; then
         printf '== %-14s already done\n' "$name"
         return
     fi
@@ -37,7 +38,7 @@ stage() { # stage NAME RANKS MODULE [OPTIONS...]
     else
         OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node="$ranks" -m "$module" "$@"
     fi
-    echo "$module $*" >"$done_dir/$name"
+    echo "$key" >"$done_dir/$name"
     sleep 0.01 # markers are ordered by their time
 }
 

@@ -55,7 +55,8 @@ def main(config: PlanConfig) -> None:
     shape = model_config(
         config.depth, vocab, config.max_seq_len, config.aspect_ratio, config.kv_heads
     )
-    width = 2 if device.type == "cuda" else 4
+    gpu = preset != "cpu"
+    width = 2 if gpu else 4
     plan = make_plan(
         shape,
         config.device_batch_size,
@@ -81,11 +82,14 @@ def main(config: PlanConfig) -> None:
     for stage in ("mid_train", "chat_sft"):
         options = common.parse_config(ChatConfig, stage, ["--preset", preset])
         chat += max(0, options.num_iterations) * options.total_batch_size
-    rate = matmul_rate(device) * world
+    if gpu and device.type != "cuda":
+        rate, origin = 989e12 * world, "that an H100's data sheet gives"
+    else:
+        rate, origin = matmul_rate(device) * world, "just measured"
     share = (plan.tokens + chat) / plan.tokens * plan.flops / (0.45 * rate) / 60
     console.print(
         f"time      about {share:,.0f} minutes of training at 45 % of the {rate:.1e} "
-        "operations per second just measured, plus evaluation and RL"
+        f"operations per second {origin}, plus evaluation and RL"
         + (" (a quarter of an hour in all on two cores)" if preset == "cpu" else "")
     )
     # weights and optimizer state of two checkpoints in each of four stages
@@ -95,7 +99,7 @@ def main(config: PlanConfig) -> None:
         f"disk      at most {disk / 1e9:.1f} GB in {common.get_base_dir()} "
         f"({free / 1e9:.0f} GB are free)"
     )
-    kind = "GPU memory on each of the GPUs" if device.type == "cuda" else "memory"
+    kind = "memory on each GPU" if gpu else "memory"
     console.print(f"memory    about {plan.memory / 2**30 + 0.7:.1f} GiB of {kind}")
     table = Table("stage", "what it does", box=None, padding=(0, 2, 0, 0))
     for stage, text in STAGES.items():
