@@ -201,6 +201,16 @@ def test_capitals_ask_for_whole_words():
     assert verdicts == [True, False, True, False]
 
 
+def test_copying_the_question_defines_nothing():
+    task, passed = Definitions("test", stop=500), 0
+    for example in task:
+        word = example["messages"][-1]["content"].split()[2]
+        empty = f"The word {word} means something."
+        passed += task.evaluate(example, empty)
+        assert not task.evaluate(example, example["messages"][0]["content"])
+    assert passed / len(task) < 0.02
+
+
 def test_numbers_are_read_as_people_write_them():
     cases = {
         "It is 1,234.": "1234",

@@ -47,29 +47,33 @@ LITTLE = frozenset(
     "a an the of or and to in on for is are it that with by as at be".split()
 )
 
-# %% ../../nbs/09_evaluation.ipynb #374363d4
+# %% ../../nbs/09_evaluation.ipynb #7f7e6ab4
 def token_f1(
     reply: str,  # what was said
     reference: str,  # what should have been said
+    given: str = "",  # text whose words earn nothing, such as the question
 ) -> float:  # 0: nothing in common; 1: the same words
     "Overlap of two texts in content words: harmonic mean of precision and recall."
+    split = lambda text: re.findall(r"[a-z]+", text.lower())
+    free = LITTLE.union(split(given))
     bags = [
-        Counter(w for w in re.findall(r"[a-z]+", text.lower()) if w not in LITTLE)
+        Counter(word for word in split(text) if word not in free)
         for text in (reply, reference)
     ]
     shared = sum((bags[0] & bags[1]).values())
     return 2 * shared / max(1, sum(bags[0].values()) + sum(bags[1].values()))
 
-# %% ../../nbs/09_evaluation.ipynb #9cedda77
+# %% ../../nbs/09_evaluation.ipynb #5a3d211d
 class Definitions(FactsTask):
     "Meanings of everyday words; correct if half of the content words agree."
 
     name = "definitions"
 
     def reward(self, conversation: dict[str, Any], completion: str) -> float:
-        "The F1 score itself, a graded reward."
-        reference = conversation["messages"][-1]["content"]
-        return token_f1(final_text(completion), reference)
+        "The F1 score of the words that the question does not give away."
+        *_, question, reference = (m["content"] for m in conversation["messages"])
+        given = question + " the word means"
+        return token_f1(final_text(completion), reference, given)
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         "F1 of at least one half."
