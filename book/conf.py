@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
 sys.path.insert(0, str(HERE / "_ext"))
+import author_year  # noqa: F401 (registers the bibliography's style)
 
 project = "nanochat: the book"
 author = "The nanochat book authors"
@@ -85,6 +86,7 @@ myst_enable_extensions = [
 ]
 myst_heading_anchors = 3
 bibtex_bibfiles = [str(HERE / "references.bib")]
+bibtex_default_style = "author_year"
 bibtex_reference_style = "author_year"
 numfig = True
 math_numfig = True

@@ -34,7 +34,10 @@ function Div(div)
   if classes:includes('admonition') then
     local colour = 'teal'
     for _, name in ipairs(classes) do colour = colours[name] or colour end
-    return enclose('#admon(' .. colour .. ')[', blocks, div.content)
+    local title = div.content:remove(1) -- never alone at a page's end
+    blocks:insert(raw('#admon(' .. colour .. ')[#block(sticky: true)['))
+    blocks:insert(title)
+    return enclose(']', blocks, div.content)
   end
   for _, name in ipairs(classes) do
     if boxes[name] then return enclose(boxes[name], blocks, div.content) end

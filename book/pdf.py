@@ -31,6 +31,16 @@ RENAMED = [
 NOISE = ".headerlink, button, script, input, style, .toctree-wrapper > ul, .backlinks"
 
 
+def clean_headings(body) -> None:
+    "Keep the front page's and the glossary's small headings out of the contents."
+    for heading in body.select("h2"):
+        if not heading.find_parent(class_="toctree-wrapper"):
+            heading.name = "h4"
+    for heading in body.select("h3"):
+        if len(heading.get_text().strip()) == 1:
+            heading.name = "h4"
+
+
 def clean_links(body) -> None:
     "Make links local and identifiers unique."
     for a in body.select('a[href^="#document-"]'):  # Sphinx: '#document-x#y'
@@ -116,6 +126,7 @@ def clean(html: str) -> tuple[str, str]:
     clean_links(body)
     for tag in body.select(NOISE):
         tag.decompose()
+    clean_headings(body)
     for tag in body.select("summary"):  # 'Show code cell source': paper shows it anyway
         tag.decompose()
     clean_notes(soup, body)
