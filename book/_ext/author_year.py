@@ -15,7 +15,7 @@ class Labels(BaseLabelStyle):
 
     def label(self, entry) -> str:
         "Return the label without a distinguishing letter."
-        names = ["".join(p.last_names) for p in entry.persons.get("author", [])]
+        names = [" ".join(p.last_names) for p in entry.persons.get("author", [])]
         names = [name.strip("{}") for name in names] or [entry.key]
         who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
         if names[-1] == "others":
