@@ -319,6 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanochat.server.fit_conversation': ('implementation_details.html#fit_conversation', 'nanochat/server.py'),
                                  'nanochat.server.health': ('implementation_details.html#health', 'nanochat/server.py'),
                                  'nanochat.server.load_chat_model': ('implementation_details.html#load_chat_model', 'nanochat/server.py'),
+                                 'nanochat.server.models': ('implementation_details.html#models', 'nanochat/server.py'),
                                  'nanochat.server.openai_chat': ('implementation_details.html#openai_chat', 'nanochat/server.py'),
                                  'nanochat.server.openai_lines': ('implementation_details.html#openai_lines', 'nanochat/server.py'),
                                  'nanochat.server.openai_record': ('implementation_details.html#openai_record', 'nanochat/server.py'),

@@ -34,6 +34,7 @@ class Capitals(FactsTask):
     "Countries and capitals; correct if the reply contains the name as a word."
 
     name = "capitals"
+    chance = 0.03  # of a parrot: some capitals are called like their country
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         "Look for the wanted name in the reply; case does not matter."
