@@ -180,7 +180,10 @@ def test_openai_format(client):
     choice = whole["choices"][0]
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] in ("stop", "length")
-    assert whole["usage"]["completion_tokens"] <= 24
+    usage = whole["usage"]
+    assert 0 < usage["completion_tokens"] <= 24
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
     text = client.post("/v1/chat/completions", json=body | {"stream": True}).text
     *chunks, done = read(text.splitlines())
     assert done == "[DONE]"
