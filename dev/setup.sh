@@ -129,7 +129,10 @@ and then this command again."
 fi
 
 # ---- 5. The package, its crate and the pinned versions of everything else.
-say "installing nanochat$extras (the first time some 3 GB, most of it PyTorch)"
+size=""
+compgen -G "$venv/lib/python3*/site-packages/torch" >/dev/null \
+    || size=" (some 3 GB, most of it PyTorch)"
+say "installing nanochat$extras$size"
 install() {
     "$python" -m uv pip install --python "$python" -q "$@" \
         --constraint requirements/constraints.txt -e ".$extras"
