@@ -23,11 +23,11 @@ def mixture(kind: str, split: str) -> TaskMixture:
         raise UserError(f"mixture {kind!r} is unknown: use small or full")
     test = split == "test"
     if kind == "small":
-        tasks = chats(split, "smalltalk", "identity", "identity")
-        tasks += [Definitions(split), Capitals(split), Capitals(split)]
-        tasks += [SimpleSpelling(split, size=300 if test else 8000)]
-        tasks += [SpellingBee(split, size=100 if test else 1000)]
-        tasks += [Arithmetic(split, size=300 if test else 6000)]
+        tasks = chats(split, "smalltalk", *["identity"] * 3)
+        tasks += [Definitions(split, stop=2500), *[Capitals(split)] * 3]
+        tasks += [SimpleSpelling(split, size=300 if test else 12_000)]
+        tasks += [SpellingBee(split, size=100 if test else 600)]
+        tasks += [Arithmetic(split, size=100 if test else 1000)]
         return TaskMixture(tasks)
     if test:
         return TaskMixture([SmolTalk(split), GSM8K(split, stop=420)])

@@ -30,9 +30,9 @@ def mixture(kind: str, split: str) -> TaskMixture:
     test = split == "test"
     if kind == "small":
         tasks = chats(split, "chitchat", "smalltalk", "instruct", "identity")
-        tasks += [Definitions(split), Capitals(split)]
-        tasks += [SimpleSpelling(split, size=300 if test else 1500)]
-        tasks += [Arithmetic(split, size=300 if test else 1500)]
+        tasks += [Definitions(split, stop=2500), Capitals(split)]
+        tasks += [SimpleSpelling(split, size=300 if test else 6000)]
+        tasks += [Arithmetic(split, size=100 if test else 400)]
         return TaskMixture(tasks)
     if test:
         return TaskMixture([SmolTalk(split), GSM8K(split, stop=420)])
