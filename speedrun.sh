@@ -44,6 +44,7 @@ stage() { # stage NAME RANKS MODULE [OPTIONS...]
 
 # ---- text: the CPU run uses the corpus in the package, a GPU run fetches shards
 if [ "$NANOCHAT_PRESET" != cpu ]; then
+    export NANOCHAT_DOWNLOAD=1 # whole task sets from the hub, not the embedded samples
     python -m nanochat.dataset -n 8 # enough to train the tokenizer
     python -m nanochat.dataset -n 240 >"$NANOCHAT_BASE_DIR/download.log" 2>&1 &
     download=$!

@@ -38,7 +38,7 @@ if { fresh "$level" || fresh dev; } && "$python" -c "$(imports)" 2>/dev/null; th
     exit 0
 fi
 case $level in
-    run) extras="" ;;
+    run) extras="[data]" ;;
     dev) extras="[dev,book,data]" ;;
     *) fail "unknown level '$level': dev/setup.sh takes 'run' or 'dev'" ;;
 esac
