@@ -45,8 +45,8 @@ pdf: setup ## the same as one PDF, book/_build/nanochat-book.pdf
 bench: setup ## measure the tokenizer crate
 	$(CARGO) bench $(CRATE)
 
-data: setup ## make nanochat/data again from its public sources
-	python dev/make_data.py
+data: setup ## make nanochat/data again from its public sources (550 MB)
+	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages
 
 lock: setup ## pin the newest versions in requirements/constraints.txt
 	uv pip compile -q --upgrade --universal --python-version 3.10 --no-header \
