@@ -27,7 +27,7 @@ def mixture(kind: str, split: str) -> TaskMixture:
         tasks += [Definitions(split, stop=2500), *[Capitals(split)] * 3]
         tasks += [SimpleSpelling(split, size=300 if test else 12_000)]
         tasks += [SpellingBee(split, size=100 if test else 600)]
-        tasks += [Arithmetic(split, size=100 if test else 1000)]
+        tasks += [Arithmetic(split, size=100 if test else 1500)]
         return TaskMixture(tasks)
     if test:
         return TaskMixture([SmolTalk(split), GSM8K(split, stop=420)])
