@@ -65,7 +65,7 @@ def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
         if "token" in event:
             print(visible(event["token"]), end="", flush=True)
         elif "tool" in event:
-            call = f"[{event['tool']} = {event['result']}]"
+            call = f"[{event['tool']} = {event['result']}] "
             print(visible(call), end="", flush=True)
     print(" [...]" if events[-1]["reason"] == "length" else "")
     return {"role": "assistant", "content": reply_content(events)}
