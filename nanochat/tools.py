@@ -10,6 +10,7 @@ import ast
 import math
 import operator
 import re
+import warnings
 
 # %% ../nbs/08_implementation_details.ipynb #f7391c8c
 MAX_CHARS = 256  # longest expression
@@ -79,7 +80,9 @@ def use_calculator(
     if not {"'", '"'} & set(expr):  # 1,234 + 1: commas group digits
         expr = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expr)
     try:
-        value = number(ast.parse(expr.strip(), mode="eval").body)
+        with warnings.catch_warnings():  # of "12if", which a model may well write
+            warnings.simplefilter("ignore", SyntaxWarning)
+            value = number(ast.parse(expr.strip(), mode="eval").body)
     except (
         ValueError,
         TypeError,
