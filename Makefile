@@ -5,7 +5,6 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 # Two cores are shared by many small matrices here: one thread each is the fastest.
 export OMP_NUM_THREADS ?= 1
 export TORCHDYNAMO_DISABLE ?= 1
-export MPLBACKEND := agg
 BUILD := book/_build
 SPHINX := python -m sphinx -q -W --keep-going -c book
 CARGO := cargo

@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
 sys.path.insert(0, str(HERE / "_ext"))
+# A backend from the environment, such as agg, would keep the figures out of the outputs.
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 import author_year  # noqa: F401 (registers the bibliography's style)
 
 project = "nanochat: the book"
