@@ -25,7 +25,7 @@ check: setup book ## what must hold before a commit: linters, export, book, size
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
 	$(CARGO) fmt --check $(CRATE)
-	$(CARGO) clippy -q --all-targets $(CRATE) -- -D warnings
+	$(CARGO) clippy -q --all-targets --features python $(CRATE) -- -D warnings
 	python dev/check.py
 
 export: setup ## notebooks to nanochat/*.py, formatted and cleaned

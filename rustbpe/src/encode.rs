@@ -6,6 +6,7 @@
 //! A pair may be merged when its bytes together are a token. (This is tiktoken's rule.
 //! For ranks that come from training it says the same as "when this pair was learned".)
 
+use crate::chunk::{key, Cache, ChunkMap, Pool, NONE};
 use crate::{Error, Id, Pair, Result, Splitter};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
@@ -18,9 +19,10 @@ use std::collections::BinaryHeap;
 pub struct Tokenizer {
     splitter: Splitter,
     tokens: Vec<Box<[u8]>>,
-    ids: FxHashMap<Box<[u8]>, Id>,
+    ids: ChunkMap<Box<[u8]>, Id>,
     merges: FxHashMap<Pair, Id>,
     bytes: [Id; 256],
+    caches: Pool,
 }
 // [/tokenizer]
 
@@ -42,32 +44,35 @@ impl Tokenizer {
     /// A vocabulary from its tokens in the order of their ids.
     pub fn from_tokens(tokens: Vec<Box<[u8]>>, pattern: &str) -> Result<Self> {
         let splitter = Splitter::new(pattern)?;
-        let mut ids = FxHashMap::default();
-        for (id, token) in tokens.iter().enumerate() {
-            if let Some(first) = ids.insert(token.clone(), id as Id) {
+        let mut ids = ChunkMap::default();
+        for (token, id) in tokens.iter().zip(0..) {
+            if let Some(first) = ids.get(token, token.len()) {
                 let why = format!("tokens {first} and {id} have the same bytes");
                 return Err(Error::Ranks(why));
             }
+            *ids.entry(token, token.len()) = id;
         }
         let mut bytes = [0; 256];
         for (byte, id) in (0..=255_u8).zip(&mut bytes) {
             let missing =
                 || Error::Ranks(format!("no token for the single byte {byte}"));
-            *id = *ids.get([byte].as_slice()).ok_or_else(missing)?;
+            *id = *ids.get(&[byte], 1).ok_or_else(missing)?;
         }
         let merges = joins(&tokens, &ids);
-        Ok(Self { splitter, tokens, ids, merges, bytes })
+        Ok(Self { splitter, tokens, ids, merges, bytes, caches: Pool::default() })
     }
 }
 
 /// Every pair of tokens whose bytes together are a token, with that token's id.
-fn joins(tokens: &[Box<[u8]>], ids: &FxHashMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
+fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
     let mut merges = FxHashMap::default();
-    for (id, token) in tokens.iter().enumerate() {
+    for (token, id) in tokens.iter().zip(0..) {
         for cut in 1..token.len() {
-            let (left, right) = token.split_at(cut);
-            if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
-                merges.insert((left, right), id as Id);
+            let right = &token[cut..];
+            if let (Some(&left), Some(&right)) =
+                (ids.get(token, cut), ids.get(right, right.len()))
+            {
+                merges.insert((left, right), id);
             }
         }
     }
@@ -90,8 +95,7 @@ impl Tokenizer {
     /// Encode one text.
     pub fn encode(&self, text: &str) -> Result<Vec<Id>> {
         let mut out = Vec::with_capacity(text.len() / 3);
-        self.splitter
-            .for_each(text, |chunk| self.encode_chunk(chunk.as_bytes(), &mut out))?;
+        self.encode_into(text, &mut out)?;
         Ok(out)
     }
 
@@ -101,6 +105,51 @@ impl Tokenizer {
         texts: &[S],
     ) -> Result<Vec<Vec<Id>>> {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    }
+
+    /// Encode many texts on all cores: all ids in a row, and where each text ends.
+    pub fn encode_flat<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+    ) -> Result<(Vec<Id>, Vec<usize>)> {
+        let parts = self.encode_batch(texts)?;
+        let ends = parts.iter().scan(0, |end, part| {
+            *end += part.len();
+            Some(*end)
+        });
+        let ends = ends.collect();
+        Ok((parts.concat(), ends))
+    }
+
+    /// Encode one text behind what is in `out` already.
+    pub fn encode_into(&self, text: &str, out: &mut Vec<Id>) -> Result<()> {
+        self.caches.lend(|cache| {
+            let visit = |rest: &str, n| self.lookup(cache, rest.as_bytes(), n, out);
+            self.splitter.cut(text, visit)
+        })
+    }
+
+    /// Append the tokens of the first `n` bytes of `rest`, from the cache if it has them.
+    fn lookup(&self, cache: &mut Cache, rest: &[u8], n: usize, out: &mut Vec<Id>) {
+        let Some(key) = key(rest, n) else {
+            return self.encode_chunk(rest, n, out);
+        };
+        let slot = cache.slot(key);
+        if slot.key != key {
+            let start = out.len();
+            self.encode_chunk(rest, n, out);
+            if let Some(empty) = 4_usize.checked_sub(out.len() - start) {
+                slot.key = key;
+                slot.ids[..4 - empty].copy_from_slice(&out[start..]);
+                slot.ids[4 - empty..].fill(NONE);
+            }
+            return;
+        }
+        let ids = slot.ids;
+        out.push(ids[0]); // nearly always the only one
+        if ids[1] != NONE {
+            out.extend(ids[1..].iter().copied().take_while(|&id| id != NONE));
+        }
     }
 
     /// The bytes of a list of tokens. They need not be valid UTF-8.
@@ -119,19 +168,13 @@ impl Tokenizer {
 /// Chunks up to this many bytes are merged by scanning, longer ones with a heap.
 const SHORT: usize = 100;
 
-/// Stands for "this pair is no token", later than every rank.
-const NONE: Id = Id::MAX;
-
 impl Tokenizer {
-    /// Append the tokens of one chunk.
-    fn encode_chunk(&self, chunk: &[u8], out: &mut Vec<Id>) {
-        if let Some(&id) = self.ids.get(chunk) {
-            return out.push(id);
-        }
-        if chunk.len() <= SHORT {
-            self.merge_short(chunk, out);
-        } else {
-            self.merge_long(chunk, out);
+    /// Append the tokens of the chunk that is the first `n` bytes of `rest`.
+    fn encode_chunk(&self, rest: &[u8], n: usize, out: &mut Vec<Id>) {
+        match self.ids.get(rest, n) {
+            Some(&id) => out.push(id),
+            None if n <= SHORT => self.merge_short(&rest[..n], out),
+            None => self.merge_long(&rest[..n], out),
         }
     }
 

@@ -1,8 +1,9 @@
-//! Byte pair encoding in three steps, each in a file of its own.
+//! Byte pair encoding in steps, each in a file of its own.
 //!
 //! 1. [`split`] cuts text into chunks that no token may cross.
 //! 2. [`train`] counts the chunks and learns merges, most frequent pair first.
 //! 3. [`encode`] replays the merges on new text, and undoes them.
+//! 4. [`decode`] turns bytes that arrive in pieces into whole characters.
 //!
 //! ```
 //! use rustbpe::{Tokenizer, Trainer, NANOCHAT_PATTERN};
@@ -21,14 +22,19 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod chunk;
+pub mod decode;
 pub mod encode;
 #[cfg(feature = "python")]
 mod python;
 pub mod split;
 pub mod train;
 
+pub use decode::Utf8Stream;
 pub use encode::Tokenizer;
-pub use split::{Splitter, GPT4_PATTERN, NANOCHAT_PATTERN};
+pub use split::{
+    Splitter, CL100K_PATTERN, GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN,
+};
 pub use train::Trainer;
 
 use std::fmt;
@@ -55,6 +61,8 @@ pub enum Error {
     Ranks(String),
     /// There is no token with this number in a vocabulary of this size.
     UnknownId(Id, usize),
+    /// The bytes of these tokens are no UTF-8 from this byte on.
+    Utf8(usize),
     /// The caller asked to stop.
     Interrupted,
 }
@@ -78,12 +86,23 @@ impl fmt::Display for Error {
             Error::UnknownId(id, size) => {
                 write!(f, "token {id} is not in a vocabulary of {size} tokens")
             }
+            Error::Utf8(at) => write!(
+                f,
+                "the bytes of these tokens are not UTF-8 from byte {at} on; decode to \
+                 bytes, or let half characters be replaced"
+            ),
             Error::Interrupted => write!(f, "training was interrupted"),
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+impl From<std::string::FromUtf8Error> for Error {
+    fn from(error: std::string::FromUtf8Error) -> Self {
+        Error::Utf8(error.utf8_error().valid_up_to())
+    }
+}
 // [/error]
 
 /// A result whose error is this crate's [`enum@Error`].

@@ -2,10 +2,11 @@
 //! `ValueError`. No algorithm lives here.
 
 use crate::{Error, Id, Pair, Trainer, GPT4_PATTERN};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
 
 // [pyclass]
 impl From<Error> for PyErr {
@@ -18,20 +19,37 @@ impl From<Error> for PyErr {
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
     inner: crate::Tokenizer,
+    /// Python's integer of every id, so that a list of ids need not make them again.
+    ints: Vec<Py<PyInt>>,
+}
+
+impl Tokenizer {
+    fn wrap(py: Python<'_>, inner: crate::Tokenizer) -> Self {
+        let ints = (0..inner.tokens().len()).map(|id| PyInt::new(py, id).unbind());
+        Self { ints: ints.collect(), inner }
+    }
+
+    fn list<'py>(&self, py: Python<'py>, ids: &[Id]) -> PyResult<Bound<'py, PyList>> {
+        PyList::new(py, ids.iter().map(|&id| self.ints[id as usize].bind(py)))
+    }
 }
 // [/pyclass]
 
 #[pymethods]
 impl Tokenizer {
     #[new]
-    fn new() -> PyResult<Self> {
-        let inner = crate::Tokenizer::new(Vec::new(), GPT4_PATTERN)?;
-        Ok(Self { inner })
+    fn new(py: Python<'_>) -> PyResult<Self> {
+        Ok(Self::wrap(py, crate::Tokenizer::new(Vec::new(), GPT4_PATTERN)?))
     }
 
     // [pytrain]
     /// Learn a vocabulary of vocab_size tokens from an iterable of strings.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    ///
+    /// `progress`, if given, is called now and then as progress("count", bytes read,
+    /// None) and progress("merge", merges learned, merges wanted).
+    #[pyo3(signature = (
+        iterator, vocab_size, buffer_size=8192, pattern=None, progress=None
+    ))]
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
@@ -39,6 +57,7 @@ impl Tokenizer {
         vocab_size: usize,
         buffer_size: usize,
         pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let pattern = pattern.unwrap_or(GPT4_PATTERN);
         let mut trainer = Trainer::new(pattern)?;
@@ -48,15 +67,19 @@ impl Tokenizer {
         }
         let mut texts = Texts::new(iterator)?;
         loop {
-            let buffer = texts.take(buffer_size)?; // needs the GIL
+            let buffer = texts.take(buffer_size, BUFFER_BYTES)?; // needs the GIL
             if buffer.is_empty() {
                 break;
             }
             py.detach(|| trainer.feed(&buffer))?; // works without it
             py.check_signals()?;
+            if let Some(report) = &progress {
+                report.call1(py, ("count", texts.bytes, py.None()))?;
+            }
         }
-        let merges = learn(py, trainer, vocab_size)?;
-        self.inner = py.detach(|| crate::Tokenizer::new(merges, pattern))?;
+        let merges = learn(py, trainer, vocab_size, progress)?;
+        let inner = py.detach(|| crate::Tokenizer::new(merges, pattern))?;
+        *self = Self::wrap(py, inner);
         Ok(())
     }
     // [/pytrain]
@@ -64,7 +87,11 @@ impl Tokenizer {
     // [pyranks]
     /// Make a tokenizer from (bytes, rank) pairs and a split pattern.
     #[staticmethod]
-    fn from_ranks(mut ranks: Vec<(Vec<u8>, Id)>, pattern: &str) -> PyResult<Self> {
+    fn from_ranks(
+        py: Python<'_>,
+        mut ranks: Vec<(Vec<u8>, Id)>,
+        pattern: &str,
+    ) -> PyResult<Self> {
         ranks.sort_by_key(|(_, rank)| *rank);
         for (i, (_, rank)) in ranks.iter().enumerate() {
             if *rank as usize != i {
@@ -75,8 +102,7 @@ impl Tokenizer {
             }
         }
         let tokens = ranks.into_iter().map(|(token, _)| token.into()).collect();
-        let inner = crate::Tokenizer::from_tokens(tokens, pattern)?;
-        Ok(Self { inner })
+        Ok(Self::wrap(py, crate::Tokenizer::from_tokens(tokens, pattern)?))
     }
 
     /// The split pattern.
@@ -102,45 +128,139 @@ impl Tokenizer {
 
     // [pyencode]
     /// Encode one text.
-    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> PyResult<Vec<Id>> {
-        Ok(py.detach(|| self.inner.encode(&text))?)
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        text: PyBackedStr,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let ids = py.detach(|| self.inner.encode(&text))?;
+        self.list(py, &ids)
     }
 
     /// Encode many texts on all cores.
-    fn encode_batch(
+    fn encode_batch<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         texts: &Bound<'_, PyAny>,
-    ) -> PyResult<Vec<Vec<Id>>> {
-        let texts = Texts::new(texts)?.take(usize::MAX)?;
-        Ok(py.detach(|| self.inner.encode_batch(&texts))?)
+    ) -> PyResult<Vec<Bound<'py, PyList>>> {
+        let texts = Texts::new(texts)?.all()?;
+        let rows = py.detach(|| self.inner.encode_batch(&texts))?;
+        rows.iter().map(|ids| self.list(py, ids)).collect()
+    }
+
+    /// Encode many texts on all cores into one array, without a Python integer.
+    ///
+    /// Returns (ids, ends): the ids of all texts one after the other, as uint16 if the
+    /// vocabulary has at most 65,536 tokens, else as uint32; and, as int64, where each
+    /// text's ids end.
+    fn encode_to_numpy<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<i64>>)> {
+        let texts = Texts::new(texts)?.all()?;
+        let narrow = self.vocab_size() <= 1 << 16;
+        let (ids, short, ends) = py.detach(|| {
+            let (ids, ends) = self.inner.encode_flat(&texts)?;
+            let ends: Vec<i64> = ends.into_iter().map(|end| end as i64).collect();
+            // Without loss: ids are smaller than the vocabulary's size.
+            let short: Vec<u16> =
+                ids.iter().take_while(|_| narrow).map(|&id| id as u16).collect();
+            crate::Result::Ok((ids, short, ends))
+        })?;
+        let array = match narrow {
+            true => short.into_pyarray(py).into_any(),
+            false => ids.into_pyarray(py).into_any(),
+        };
+        Ok((array, ends.into_pyarray(py)))
     }
 
     /// The bytes of a list of tokens.
-    fn decode<'py>(
+    fn decode_bytes<'py>(
         &self,
         py: Python<'py>,
         ids: Vec<Id>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &self.inner.decode(&ids)?))
     }
+
+    /// The text of a list of tokens; errors is "strict" or "replace", as in Python.
+    #[pyo3(signature = (ids, errors="strict"))]
+    fn decode(&self, ids: Vec<Id>, errors: &str) -> PyResult<String> {
+        let bytes = self.inner.decode(&ids)?;
+        match errors {
+            "strict" => Ok(String::from_utf8(bytes).map_err(Error::from)?),
+            "replace" => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            other => Err(PyValueError::new_err(format!(
+                "errors is {other:?}, use 'strict' or 'replace'"
+            ))),
+        }
+    }
     // [/pyencode]
+
+    // [pystream]
+    /// A decoder that takes tokens one by one and never splits a character.
+    fn stream_decoder(slf: Py<Self>) -> StreamDecoder {
+        StreamDecoder { tokenizer: slf, state: crate::Utf8Stream::default() }
+    }
+    // [/pystream]
 }
+
+// [stream]
+/// Turns tokens into whole characters as they arrive.
+#[pyclass(module = "rustbpe")]
+struct StreamDecoder {
+    tokenizer: Py<Tokenizer>,
+    state: crate::Utf8Stream,
+}
+
+#[pymethods]
+impl StreamDecoder {
+    /// Take one token; return the characters that it completes, perhaps none.
+    fn push(&mut self, py: Python<'_>, id: Id) -> PyResult<String> {
+        let bytes = self.tokenizer.borrow(py).inner.decode(&[id])?;
+        Ok(self.state.push(&bytes))
+    }
+
+    /// Say that no token follows; return a replacement character for half a one.
+    fn finish(&mut self) -> String {
+        self.state.finish()
+    }
+}
+// [/stream]
 
 // [learn]
 /// Train without the GIL, but every 256 merges let Python look at its signals.
-fn learn(py: Python<'_>, trainer: Trainer, vocab_size: usize) -> PyResult<Vec<Pair>> {
-    let mut signal = Ok(());
+fn learn(
+    py: Python<'_>,
+    trainer: Trainer,
+    vocab_size: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<Pair>> {
+    let mut raised = Ok(());
+    let look = |merges: usize| {
+        Python::attach(|py| {
+            py.check_signals()?;
+            match &progress {
+                Some(report) => {
+                    report.call1(py, ("merge", merges, vocab_size - 256)).map(drop)
+                }
+                None => Ok(()),
+            }
+        })
+    };
     let merges = py.detach(|| {
         trainer.train_with(vocab_size, |merges| {
             if merges % 256 == 0 {
-                signal = Python::attach(|py| py.check_signals());
+                raised = look(merges);
             }
-            signal.is_ok()
+            raised.is_ok()
         })
     });
-    signal?; // what the handler raised, for instance KeyboardInterrupt
-    Ok(merges?)
+    raised?; // what the handler raised, for instance KeyboardInterrupt
+    let merges = merges?;
+    look(merges.len())?;
+    Ok(merges)
 }
 // [/learn]
 
@@ -149,7 +269,11 @@ fn learn(py: Python<'_>, trainer: Trainer, vocab_size: usize) -> PyResult<Vec<Pa
 struct Texts<'py> {
     items: Bound<'py, PyIterator>,
     seen: usize,
+    bytes: usize,
 }
+
+/// Bytes after which a buffer is full, however few texts it holds.
+const BUFFER_BYTES: usize = 16 << 20;
 
 impl<'py> Texts<'py> {
     fn new(iterable: &Bound<'py, PyAny>) -> PyResult<Self> {
@@ -159,24 +283,31 @@ impl<'py> Texts<'py> {
             return Err(PyValueError::new_err(why));
         }
         let items = iterable.try_iter()?;
-        Ok(Self { items, seen: 0 })
+        Ok(Self { items, seen: 0, bytes: 0 })
     }
 
-    /// The next `n` strings, fewer at the end. They borrow Python's own UTF-8.
-    fn take(&mut self, n: usize) -> PyResult<Vec<PyBackedStr>> {
+    /// All the strings. They borrow Python's own UTF-8.
+    fn all(mut self) -> PyResult<Vec<PyBackedStr>> {
+        self.take(usize::MAX, usize::MAX)
+    }
+
+    /// At most `n` strings, and no more when they have `bytes` bytes; none at the end.
+    fn take(&mut self, n: usize, bytes: usize) -> PyResult<Vec<PyBackedStr>> {
         let mut buffer = Vec::new();
-        while buffer.len() < n {
+        let full = self.bytes.saturating_add(bytes);
+        while buffer.len() < n && self.bytes < full {
             let Some(item) = self.items.next() else { break };
             let item = item?;
-            let text = item.extract().map_err(|error| {
+            let text: PyBackedStr = item.extract().map_err(|error| {
                 let kind = item.get_type();
                 PyValueError::new_err(format!(
                     "item {} ({kind}) is not text: {error}",
                     self.seen
                 ))
             })?;
-            buffer.push(text);
+            self.bytes += text.len();
             self.seen += 1;
+            buffer.push(text);
         }
         Ok(buffer)
     }
@@ -187,6 +318,6 @@ impl<'py> Texts<'py> {
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
-    use super::Tokenizer;
+    use super::{StreamDecoder, Tokenizer};
 }
 // [/pymodule]

@@ -15,7 +15,33 @@ use regex_syntax::hir::{Class as HirClass, HirKind};
 use std::sync::OnceLock;
 
 // [patterns]
-/// The pattern of nanochat: GPT-4's, with at most two digits in a chunk.
+/// GPT-2's pattern. A chunk is a word, a number or punctuation, each with the blank
+/// before it; tiktoken's spelling of it for `r50k_base` means the same.
+pub const GPT2_PATTERN: &str = concat!(
+    r"'(?:[sdmt]|ll|ve|re)",
+    r"| ?\p{L}++",
+    r"| ?\p{N}++",
+    r"| ?[^\s\p{L}\p{N}]++",
+    r"|\s++$",
+    r"|\s+(?!\S)",
+    r"|\s",
+);
+
+/// GPT-4's pattern, as tiktoken spells it for `cl100k_base`. White space at the end of
+/// a text is one chunk, newlines or not; numbers have at most three digits.
+pub const CL100K_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}++",
+    r"|\p{N}{1,3}+",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+",
+    r"|\s++$",
+    r"|\s*[\r\n]",
+    r"|\s+(?!\S)",
+    r"|\s",
+);
+
+/// The pattern of nanochat: an older spelling of GPT-4's, without the special treatment
+/// of the end of a text, and with at most two digits in a chunk.
 pub const NANOCHAT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)",
     r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
@@ -26,7 +52,7 @@ pub const NANOCHAT_PATTERN: &str = concat!(
     r"|\s+",
 );
 
-/// GPT-4's pattern as nanochat's readers know it, with at most three digits in a chunk.
+/// The same with at most three digits: how GPT-4's pattern was first published.
 pub const GPT4_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)",
     r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
@@ -36,6 +62,30 @@ pub const GPT4_PATTERN: &str = concat!(
     r"|\s+(?!\S)",
     r"|\s+",
 );
+
+/// What the scanner has to know about a pattern.
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    /// Only a blank may begin a word, and a newline is white space like any other.
+    gpt2: bool,
+    /// Longest run of digits in a chunk.
+    max_digits: usize,
+    /// White space at the end of a text is one chunk even with newlines in it.
+    whole_end: bool,
+}
+
+impl Rules {
+    fn of(pattern: &str) -> Option<Self> {
+        let (gpt2, max_digits, whole_end) = match pattern {
+            GPT2_PATTERN => (true, usize::MAX, true),
+            CL100K_PATTERN => (false, 3, true),
+            NANOCHAT_PATTERN => (false, 2, false),
+            GPT4_PATTERN => (false, 3, false),
+            _ => return None,
+        };
+        Some(Self { gpt2, max_digits, whole_end })
+    }
+}
 // [/patterns]
 
 // [splitter]
@@ -48,20 +98,20 @@ pub struct Splitter {
 
 #[derive(Debug, Clone)]
 enum Engine {
-    Scanner { max_digits: usize },
+    Scanner(Rules),
     Regex(Box<Regex>),
 }
 
 impl Splitter {
     /// Compile a pattern, or say what is wrong with it.
     pub fn new(pattern: &str) -> Result<Self> {
-        let engine = match pattern {
-            NANOCHAT_PATTERN => Engine::Scanner { max_digits: 2 },
-            GPT4_PATTERN => Engine::Scanner { max_digits: 3 },
-            _ => return Self::with_regex(pattern),
-        };
-        let pattern = pattern.to_string();
-        Ok(Self { pattern, engine })
+        match Rules::of(pattern) {
+            Some(rules) => {
+                let engine = Engine::Scanner(rules);
+                Ok(Self { pattern: pattern.to_string(), engine })
+            }
+            None => Self::with_regex(pattern),
+        }
     }
 
     /// Compile a pattern for the regex engine even where a scanner exists.
@@ -83,13 +133,26 @@ impl Splitter {
         text: &'t str,
         mut visit: impl FnMut(&'t str),
     ) -> Result<()> {
+        self.cut(text, |rest, n| visit(&rest[..n]))
+    }
+
+    /// Like `for_each`, but shows the text from the chunk on and the chunk's length, so
+    /// that a reader may look at more bytes at once than the chunk has.
+    pub(crate) fn cut<'t>(
+        &self,
+        text: &'t str,
+        mut visit: impl FnMut(&'t str, usize),
+    ) -> Result<()> {
         match &self.engine {
-            Engine::Scanner { max_digits } => {
+            Engine::Scanner(rules) => {
                 let mut rest = text;
                 while !rest.is_empty() {
-                    let (chunk, tail) = rest.split_at(scan(rest, *max_digits));
-                    visit(chunk);
-                    rest = tail;
+                    let n = match ascii_word(rest.as_bytes(), rules) {
+                        0 => scan(rest, rules),
+                        n => n,
+                    };
+                    visit(rest, n);
+                    rest = &rest[n..];
                 }
             }
             Engine::Regex(regex) => {
@@ -100,7 +163,7 @@ impl Splitter {
                         return Err(Error::Gap(end));
                     }
                     if found.end() > end {
-                        visit(found.as_str());
+                        visit(&text[end..], found.end() - end);
                     }
                     end = found.end();
                 }
@@ -147,54 +210,107 @@ fn classes() -> &'static [Class] {
 }
 // [/classes]
 
+// [word]
+/// Sixteen bytes at once; byte i of the text is byte i of the number.
+type Window = u128;
+
+/// The same byte in all sixteen places.
+const fn every(byte: u8) -> Window {
+    Window::from_le_bytes([byte; 16])
+}
+
+/// Set the top bit of every byte that is an ASCII letter, and no other bit.
+fn letters(window: Window) -> Window {
+    let top = every(0x80);
+    let lower = (window | every(0x20)) & !top; // 'A' and 'a' differ in this bit
+    let from_a = lower + every(0x80 - b'a'); // a carry into the top bit means >= 'a'
+    let past_z = lower + every(0x80 - b'z' - 1);
+    from_a & !past_z & !window & top
+}
+
+/// Length of the first chunk if it is an ASCII word, or one mark with a blank behind it,
+/// and ends within the window; 0 leaves the decision to `scan`.
+fn ascii_word(rest: &[u8], rules: &Rules) -> usize {
+    let Some(window) = rest.first_chunk::<16>() else {
+        return 0;
+    };
+    let window = Window::from_le_bytes(*window);
+    let (first, second) = (window as u8, (window >> 8) as u8);
+    let prefix = match first {
+        b'a'..=b'z' | b'A'..=b'Z' => 0,
+        b' ' => 1,
+        _ if second == b' ' && first.is_ascii_punctuation() => return 1,
+        b'\'' | b'0'..=b'9' | b'\r' | b'\n' | 0x80.. => return 0,
+        _ if rules.gpt2 => return 0,
+        _ => 1,
+    };
+    let others = (letters(window) ^ every(0x80)) >> (8 * prefix);
+    let word = (others & every(0x80)).trailing_zeros() as usize / 8;
+    let end = prefix + word;
+    if word == 0 || end >= 16 || (window >> (8 * end)) as u8 >= 0x80 {
+        return 0; // no word, or perhaps more of it behind the window or beyond ASCII
+    }
+    end
+}
+// [/word]
+
 // [scan]
 /// Length in bytes of the first chunk of a text that is not empty.
-fn scan(text: &str, max_digits: usize) -> usize {
+fn scan(text: &str, rules: &Rules) -> usize {
     let table = classes();
     let class = |c: char| table[c as usize];
     let Some(first) = text.chars().next() else {
         return 0;
     };
-    let rest = &text[first.len_utf8()..];
+    let kind = class(first);
 
     // '(?i:[sdmt]|ll|ve|re)
     if first == '\'' {
-        if let Some(n) = contraction(rest) {
+        if let Some(n) = contraction(&text[1..], rules) {
             return 1 + n;
         }
     }
-    // [^\r\n\p{L}\p{N}]?+\p{L}+
-    let kind = class(first);
-    let prefix =
-        !matches!(kind, Class::Letter | Class::Number) && !matches!(first, '\r' | '\n');
+    // [^\r\n\p{L}\p{N}]?+\p{L}+ or, in GPT-2, ` ?\p{L}+`
+    let prefix = match kind {
+        Class::Letter | Class::Number => false,
+        _ if rules.gpt2 => first == ' ',
+        _ => !matches!(first, '\r' | '\n'),
+    };
     if kind == Class::Letter || prefix {
-        let n = run(rest, |c| class(c) == Class::Letter);
+        let n = run(&text[first.len_utf8()..], |c| class(c) == Class::Letter);
         if kind == Class::Letter || n > 0 {
             return first.len_utf8() + n;
         }
     }
-    // \p{N}{1,max_digits}
-    if kind == Class::Number {
-        let digits = text.chars().take(max_digits);
-        return digits
-            .take_while(|&c| class(c) == Class::Number)
-            .map(char::len_utf8)
-            .sum();
-    }
-    // ` ?[^\s\p{L}\p{N}]++[\r\n]*`
-    let space = usize::from(first == ' ');
-    let n = run(&text[space..], |c| class(c) == Class::Other);
+    // \p{N}{1,max_digits} or, in GPT-2, ` ?\p{N}+`
+    let blank = usize::from(first == ' ');
+    let start = if rules.gpt2 { blank } else { 0 };
+    let digits = text[start..].chars().take(rules.max_digits);
+    let digits = digits.take_while(|&c| class(c) == Class::Number);
+    let n: usize = digits.map(char::len_utf8).sum();
     if n > 0 {
-        return space + n + run(&text[space + n..], |c| matches!(c, '\r' | '\n'));
+        return start + n;
     }
-    // \s*[\r\n]|\s+(?!\S)|\s+
-    blanks(text, run(text, |c| class(c) == Class::Space))
+    // ` ?[^\s\p{L}\p{N}]++[\r\n]*`, in GPT-2 without the newlines
+    let n = run(&text[blank..], |c| class(c) == Class::Other);
+    if n > 0 {
+        let newline = |c| !rules.gpt2 && matches!(c, '\r' | '\n');
+        return blank + n + run(&text[blank + n..], newline);
+    }
+    blanks(text, run(text, |c| class(c) == Class::Space), rules)
 }
 
-/// Length of the first chunk of a text that starts with `n` bytes of white space.
-fn blanks(text: &str, n: usize) -> usize {
-    if let Some(newline) = text[..n].rfind(['\r', '\n']) {
-        return newline + 1;
+/// Length of the first chunk of a text that starts with `n` bytes of white space:
+/// `\s++$|\s*[\r\n]|\s+(?!\S)|\s+`, where GPT-2 has no second and nanochat no first
+/// alternative.
+fn blanks(text: &str, n: usize, rules: &Rules) -> usize {
+    if n == text.len() && rules.whole_end {
+        return n;
+    }
+    if !rules.gpt2 {
+        if let Some(newline) = text[..n].rfind(['\r', '\n']) {
+            return newline + 1;
+        }
     }
     if n == text.len() {
         return n;
@@ -207,15 +323,16 @@ fn blanks(text: &str, n: usize) -> usize {
 }
 
 /// Length in bytes of an English contraction's letters after the apostrophe.
-fn contraction(rest: &str) -> Option<usize> {
+fn contraction(rest: &str, rules: &Rules) -> Option<usize> {
+    let fold = |c: char| if rules.gpt2 { c } else { c.to_ascii_lowercase() };
     let mut chars = rest.chars();
     let first = chars.next()?;
     // Unicode folds the long s to s, so the pattern's (?i:s) accepts it.
-    if matches!(first.to_ascii_lowercase(), 's' | 'd' | 'm' | 't' | 'ſ') {
+    let long_s = first == 'ſ' && !rules.gpt2;
+    if long_s || matches!(fold(first), 's' | 'd' | 'm' | 't') {
         return Some(first.len_utf8());
     }
-    let second = chars.next()?;
-    let both = (first.to_ascii_lowercase(), second.to_ascii_lowercase());
+    let both = (fold(first), fold(chars.next()?));
     matches!(both, ('l', 'l') | ('v', 'e') | ('r', 'e')).then_some(2)
 }
 // [/scan]

@@ -11,6 +11,7 @@
 //! the smaller ids, compared left first. The result is the same for any number of
 //! threads, any order of the documents, and any size of the batches given to `feed`.
 
+use crate::chunk::{unkey, ChunkMap};
 use crate::{Error, Id, Pair, Result, Splitter};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
@@ -22,7 +23,7 @@ use std::collections::BinaryHeap;
 #[derive(Debug)]
 pub struct Trainer {
     splitter: Splitter,
-    counts: FxHashMap<Box<str>, u64>,
+    counts: ChunkMap<Box<[u8]>, u64>,
 }
 
 /// Refuse a size that no vocabulary can have.
@@ -38,7 +39,7 @@ pub fn check(vocab_size: usize) -> Result<()> {
 impl Trainer {
     /// A trainer that has seen no text yet.
     pub fn new(pattern: &str) -> Result<Self> {
-        Ok(Self { splitter: Splitter::new(pattern)?, counts: FxHashMap::default() })
+        Ok(Self { splitter: Splitter::new(pattern)?, counts: ChunkMap::default() })
     }
 
     /// Phase 1: split documents in parallel and add up how often each chunk occurs.
@@ -51,12 +52,12 @@ impl Trainer {
             .par_chunks(per_job)
             .map(|docs| self.count(docs))
             .collect::<Result<Vec<_>>>()?;
-        for (chunk, n) in partial.into_iter().flatten() {
-            match self.counts.get_mut(chunk) {
-                Some(count) => *count += n,
-                None => {
-                    self.counts.insert(chunk.into(), n);
-                }
+        for part in partial {
+            for (key, n) in part.short {
+                *self.counts.short.entry(key).or_insert(0) += n;
+            }
+            for (chunk, n) in part.long {
+                *self.counts.entry(chunk, chunk.len()) += n;
             }
         }
         Ok(())
@@ -65,11 +66,11 @@ impl Trainer {
     fn count<'t, S: AsRef<str>>(
         &self,
         docs: &'t [S],
-    ) -> Result<FxHashMap<&'t str, u64>> {
-        let mut counts = FxHashMap::default();
+    ) -> Result<ChunkMap<&'t [u8], u64>> {
+        let mut counts = ChunkMap::default();
         for doc in docs {
-            self.splitter.for_each(doc.as_ref(), |chunk| {
-                *counts.entry(chunk).or_insert(0) += 1
+            self.splitter.cut(doc.as_ref(), |rest, n| {
+                *counts.entry(rest.as_bytes(), n) += 1;
             })?;
         }
         Ok(counts)
@@ -245,11 +246,12 @@ impl Trainer {
 
     /// Every chunk with a pair in it, as bytes. Sorted, so that runs repeat exactly.
     fn words(self) -> Vec<Word> {
-        let counts = self.counts.into_iter().filter(|(chunk, _)| chunk.len() > 1);
-        let mut counts: Vec<_> = counts.collect();
+        let short = self.counts.short.into_iter().map(|(key, n)| (unkey(key), n));
+        let mut counts: Vec<(Box<[u8]>, u64)> = short.chain(self.counts.long).collect();
+        counts.retain(|(chunk, _)| chunk.len() > 1);
         counts.par_sort_unstable();
-        let word = |(chunk, count): (Box<str>, u64)| Word {
-            ids: chunk.bytes().map(Id::from).collect(),
+        let word = |(chunk, count): (Box<[u8]>, u64)| Word {
+            ids: chunk.iter().map(|&byte| byte.into()).collect(),
             count,
         };
         counts.into_iter().map(word).collect()
@@ -291,8 +293,8 @@ mod tests {
     #[test]
     fn counts_beyond_32_bits_decide() -> Result<()> {
         let mut trainer = Trainer::new(crate::GPT4_PATTERN)?;
-        trainer.counts.insert("zz".into(), u64::from(u32::MAX) + 2);
-        trainer.counts.insert("aa".into(), u64::from(u32::MAX) + 1);
+        *trainer.counts.entry(b"zz", 2) = u64::from(u32::MAX) + 2;
+        *trainer.counts.entry(b"aa", 2) = u64::from(u32::MAX) + 1;
         assert_eq!(trainer.train(258)?, [(122, 122), (97, 97)]);
         Ok(())
     }

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
-use rustbpe::{Error, Splitter, GPT4_PATTERN, NANOCHAT_PATTERN};
+use rustbpe::{
+    Error, Splitter, CL100K_PATTERN, GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN,
+};
 use std::sync::LazyLock;
 
 fn split(splitter: &Splitter, text: &str) -> Vec<String> {
@@ -11,9 +13,9 @@ fn split(splitter: &Splitter, text: &str) -> Vec<String> {
     out
 }
 
-/// (scanner, regex) for both patterns.
-static RIVALS: LazyLock<[(Splitter, Splitter); 2]> = LazyLock::new(|| {
-    [NANOCHAT_PATTERN, GPT4_PATTERN]
+/// (scanner, regex) for every pattern that has a scanner.
+static RIVALS: LazyLock<[(Splitter, Splitter); 4]> = LazyLock::new(|| {
+    [NANOCHAT_PATTERN, GPT4_PATTERN, CL100K_PATTERN, GPT2_PATTERN]
         .map(|p| (Splitter::new(p).unwrap(), Splitter::with_regex(p).unwrap()))
 });
 
@@ -37,12 +39,29 @@ fn equal_on_every_short_text() {
 
 #[test]
 fn equal_on_every_character() {
-    let (scanner, regex) = &RIVALS[0];
     let all: Vec<char> = ('\0'..=char::MAX).collect();
-    for block in all.chunks(4096) {
-        let around = |&c: &char| ['\'', c, ' ', c, 'a', c, '1'];
-        let text: String = block.iter().flat_map(around).collect();
-        assert_eq!(split(scanner, &text), split(regex, &text));
+    for (scanner, regex) in RIVALS.iter() {
+        for block in all.chunks(4096) {
+            let around = |&c: &char| ['\'', c, ' ', c, 'a', c, '1'];
+            let text: String = block.iter().flat_map(around).collect();
+            assert_eq!(split(scanner, &text), split(regex, &text));
+        }
+    }
+}
+
+/// The window of sixteen bytes ends inside the word, on it, or behind it; and the word
+/// may go on in another script.
+#[test]
+fn equal_around_the_window() {
+    for (scanner, regex) in RIVALS.iter() {
+        for n in 0..40 {
+            for first in ["", " ", "\t", "'", ",", "\n", "é"] {
+                for last in ["", " ", "é", "é b", "7", ", and more text behind it"] {
+                    let text = format!("{first}{}{last}", "aZ".repeat(n));
+                    assert_eq!(split(scanner, &text), split(regex, &text), "{text:?}");
+                }
+            }
+        }
     }
 }
 
@@ -53,10 +72,11 @@ proptest! {
     fn equal_on_random_texts(
         kinds in prop::collection::vec(prop::sample::select(&KINDS[..]), 0..40),
         any in "(?s).{0,40}",
+        ascii in "[ -~\\n\\t]{0,80}",
     ) {
         let kinds: String = kinds.into_iter().collect();
         for (scanner, regex) in RIVALS.iter() {
-            for text in [&kinds, &any, &format!("{kinds}{any}")] {
+            for text in [&kinds, &any, &ascii, &format!("{kinds}{any}{ascii}")] {
                 let chunks = split(scanner, text);
                 prop_assert_eq!(&chunks.concat(), text);
                 prop_assert_eq!(chunks, split(regex, text));
