@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError};
 const LONGEST: usize = 15;
 
 /// The first `n` bytes of a text and, in the topmost byte, `n`; none above `LONGEST`.
+#[inline]
 pub(crate) fn key(rest: &[u8], n: usize) -> Option<u128> {
     if n > LONGEST {
         return None;
@@ -75,37 +76,65 @@ impl<L: Hash + Eq + Borrow<[u8]>, V> ChunkMap<L, V> {
 // [/map]
 
 // [cache]
-/// Places in a table: 2^15 of 32 bytes are one megabyte.
-const BITS: u32 = 15;
+/// A table has at least 2^12 places of 32 bytes, and grows to at most 2^16, two
+/// megabytes: more would push the most frequent words out of the processor's cache.
+const SMALLEST: u32 = 12;
+const LARGEST: u32 = 16;
 
 /// Stands where there is no further token.
 pub(crate) const NONE: Id = Id::MAX;
 
 /// A chunk and its tokens; at most four, which is enough for nearly all.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Slot {
-    pub key: u128,
-    pub ids: [Id; 4],
+struct Slot {
+    key: u128,
+    ids: [Id; 4],
 }
 
 /// The tokens of the chunks met lately, each in the one place that its key gives it.
 ///
 /// A chunk that falls on an occupied place replaces what is there: no lists, no
-/// bookkeeping, and a fixed amount of memory. Key 0 is no chunk's: chunks have a length.
+/// bookkeeping. Key 0 is no chunk's, since a chunk has a length.
 #[derive(Debug)]
-pub(crate) struct Cache(Vec<Slot>);
+pub(crate) struct Cache {
+    slots: Vec<Slot>,
+    bits: u32,
+    used: usize,
+}
 
 impl Cache {
-    fn new() -> Self {
-        Self(vec![Slot { key: 0, ids: [NONE; 4] }; 1 << BITS])
+    fn new(bits: u32) -> Self {
+        let empty = Slot { key: 0, ids: [NONE; 4] };
+        Self { slots: vec![empty; 1 << bits], bits, used: 0 }
     }
 
-    /// The place of a key, whoever is there now.
-    pub fn slot(&mut self, key: u128) -> &mut Slot {
-        let folded =
-            key as u64 ^ ((key >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    /// Mix all bits of a key into the few that choose its place.
+    fn place(&self, key: u128) -> usize {
+        let high = ((key >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let folded = key as u64 ^ high;
         let mixed = (folded ^ (folded >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
-        &mut self.0[(mixed >> (64 - BITS)) as usize]
+        (mixed >> (64 - self.bits)) as usize
+    }
+
+    /// The tokens of a chunk, filled up with `NONE`, if they are here.
+    #[inline]
+    pub fn get(&self, key: u128) -> Option<&[Id; 4]> {
+        let slot = &self.slots[self.place(key)];
+        (slot.key == key).then_some(&slot.ids)
+    }
+
+    /// Remember the tokens of a chunk. A table that is half full grows.
+    pub fn put(&mut self, key: u128, ids: [Id; 4]) {
+        let at = self.place(key);
+        self.used += usize::from(self.slots[at].key == 0);
+        self.slots[at] = Slot { key, ids };
+        if 2 * self.used > self.slots.len() && self.bits < LARGEST {
+            let mut larger = Self::new(self.bits + 2);
+            for slot in self.slots.iter().filter(|slot| slot.key != 0) {
+                larger.put(slot.key, slot.ids);
+            }
+            *self = larger;
+        }
     }
 }
 // [/cache]
@@ -119,7 +148,7 @@ impl Pool {
     /// Lend a table to `work`, warm if one has been used before.
     pub fn lend<T>(&self, work: impl FnOnce(&mut Cache) -> T) -> T {
         let rested = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut cache = rested.unwrap_or_else(Cache::new);
+        let mut cache = rested.unwrap_or_else(|| Cache::new(SMALLEST));
         let result = work(&mut cache);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(cache);
         result

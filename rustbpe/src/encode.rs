@@ -65,18 +65,16 @@ impl Tokenizer {
 
 /// Every pair of tokens whose bytes together are a token, with that token's id.
 fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
-    let mut merges = FxHashMap::default();
-    for (token, id) in tokens.iter().zip(0..) {
-        for cut in 1..token.len() {
-            let right = &token[cut..];
-            if let (Some(&left), Some(&right)) =
-                (ids.get(token, cut), ids.get(right, right.len()))
-            {
-                merges.insert((left, right), id);
-            }
-        }
-    }
-    merges
+    let cuts = |id: usize| {
+        let token = &tokens[id];
+        let pair = |cut: usize| {
+            let (left, right) = (ids.get(token, cut)?, &token[cut..]);
+            Some(((*left, *ids.get(right, right.len())?), id as Id))
+        };
+        (1..token.len()).filter_map(pair).collect::<Vec<_>>()
+    };
+    let found: Vec<_> = (0..tokens.len()).into_par_iter().flat_map_iter(cuts).collect();
+    found.into_iter().collect()
 }
 // [/build]
 
@@ -107,18 +105,24 @@ impl Tokenizer {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
-    /// Encode many texts on all cores: all ids in a row, and where each text ends.
-    pub fn encode_flat<S: AsRef<str> + Sync>(
+    /// Encode many texts on all cores: all ids in a row, each changed by `pack`, and
+    /// where the ids of each text end.
+    pub fn encode_flat<S: AsRef<str> + Sync, T: Copy + Send + Sync>(
         &self,
         texts: &[S],
-    ) -> Result<(Vec<Id>, Vec<usize>)> {
-        let parts = self.encode_batch(texts)?;
-        let ends = parts.iter().scan(0, |end, part| {
-            *end += part.len();
+        pack: impl Fn(Id) -> T + Sync,
+    ) -> Result<(Vec<T>, Vec<usize>)> {
+        let rows = texts.par_iter().map_init(Vec::new, |ids, text| {
+            ids.clear();
+            self.encode_into(text.as_ref(), ids)?;
+            Ok(ids.iter().map(|&id| pack(id)).collect())
+        });
+        let rows = rows.collect::<Result<Vec<Vec<T>>>>()?;
+        let ends = rows.iter().scan(0, |end, row| {
+            *end += row.len();
             Some(*end)
         });
-        let ends = ends.collect();
-        Ok((parts.concat(), ends))
+        Ok((rows.concat(), ends.collect()))
     }
 
     /// Encode one text behind what is in `out` already.
@@ -130,25 +134,30 @@ impl Tokenizer {
     }
 
     /// Append the tokens of the first `n` bytes of `rest`, from the cache if it has them.
+    #[inline]
     fn lookup(&self, cache: &mut Cache, rest: &[u8], n: usize, out: &mut Vec<Id>) {
         let Some(key) = key(rest, n) else {
             return self.encode_chunk(rest, n, out);
         };
-        let slot = cache.slot(key);
-        if slot.key != key {
-            let start = out.len();
-            self.encode_chunk(rest, n, out);
-            if let Some(empty) = 4_usize.checked_sub(out.len() - start) {
-                slot.key = key;
-                slot.ids[..4 - empty].copy_from_slice(&out[start..]);
-                slot.ids[4 - empty..].fill(NONE);
-            }
-            return;
-        }
-        let ids = slot.ids;
+        let Some(ids) = cache.get(key) else {
+            return self.remember(cache, key, &rest[..n], out);
+        };
         out.push(ids[0]); // nearly always the only one
         if ids[1] != NONE {
             out.extend(ids[1..].iter().copied().take_while(|&id| id != NONE));
+        }
+    }
+
+    /// Append the tokens of a chunk that the cache does not have, and put them there.
+    #[inline(never)]
+    fn remember(&self, cache: &mut Cache, key: u128, chunk: &[u8], out: &mut Vec<Id>) {
+        let start = out.len();
+        self.encode_chunk(chunk, chunk.len(), out);
+        let new = &out[start..];
+        let mut ids = [NONE; 4];
+        if let Some(places) = ids.get_mut(..new.len()) {
+            places.copy_from_slice(new);
+            cache.put(key, ids);
         }
     }
 

@@ -159,20 +159,17 @@ impl Tokenizer {
         texts: &Bound<'py, PyAny>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<i64>>)> {
         let texts = Texts::new(texts)?.all()?;
-        let narrow = self.vocab_size() <= 1 << 16;
-        let (ids, short, ends) = py.detach(|| {
-            let (ids, ends) = self.inner.encode_flat(&texts)?;
+        let ends = |ends: Vec<usize>| {
             let ends: Vec<i64> = ends.into_iter().map(|end| end as i64).collect();
-            // Without loss: ids are smaller than the vocabulary's size.
-            let short: Vec<u16> =
-                ids.iter().take_while(|_| narrow).map(|&id| id as u16).collect();
-            crate::Result::Ok((ids, short, ends))
-        })?;
-        let array = match narrow {
-            true => short.into_pyarray(py).into_any(),
-            false => ids.into_pyarray(py).into_any(),
+            ends.into_pyarray(py)
         };
-        Ok((array, ends.into_pyarray(py)))
+        if self.vocab_size() <= 1 << 16 {
+            // `as` loses nothing: ids are smaller than the vocabulary's size.
+            let flat = py.detach(|| self.inner.encode_flat(&texts, |id| id as u16))?;
+            return Ok((flat.0.into_pyarray(py).into_any(), ends(flat.1)));
+        }
+        let flat = py.detach(|| self.inner.encode_flat(&texts, |id| id))?;
+        Ok((flat.0.into_pyarray(py).into_any(), ends(flat.1)))
     }
 
     /// The bytes of a list of tokens.

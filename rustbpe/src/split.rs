@@ -138,6 +138,7 @@ impl Splitter {
 
     /// Like `for_each`, but shows the text from the chunk on and the chunk's length, so
     /// that a reader may look at more bytes at once than the chunk has.
+    #[inline(always)]
     pub(crate) fn cut<'t>(
         &self,
         text: &'t str,
@@ -230,6 +231,7 @@ fn letters(window: Window) -> Window {
 
 /// Length of the first chunk if it is an ASCII word, or one mark with a blank behind it,
 /// and ends within the window; 0 leaves the decision to `scan`.
+#[inline(always)]
 fn ascii_word(rest: &[u8], rules: &Rules) -> usize {
     let Some(window) = rest.first_chunk::<16>() else {
         return 0;

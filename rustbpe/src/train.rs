@@ -79,44 +79,69 @@ impl Trainer {
 // [/count]
 
 // [word]
-/// A chunk as token ids, and how often it occurs in the text.
+/// The different chunks as token ids, one behind the other, and how often each occurs.
+#[derive(Debug, Default)]
+struct Words {
+    ids: Vec<Id>,
+    list: Vec<Word>,
+}
+
+/// Where a chunk's ids are, and how often the chunk occurs in the text.
 #[derive(Debug)]
 struct Word {
-    ids: Vec<Id>,
+    start: usize,
+    len: u32,
     count: u64,
 }
 
-impl Word {
-    /// Replace each `pair` by `new`, left to right, and report how pair counts change.
-    ///
-    /// `change(p, false)` means one `p` less in this word, `change(p, true)` one more.
-    fn merge(&mut self, pair: Pair, new: Id, mut change: impl FnMut(Pair, bool)) {
-        let (a, b) = pair;
-        let mut write = 0; // ids[..write] is the new word so far
-        let mut read = 0;
-        while read < self.ids.len() {
-            let here = self.ids[read];
-            if here == a && self.ids.get(read + 1) == Some(&b) {
-                if write > 0 {
-                    let left = self.ids[write - 1];
-                    change((left, a), false);
-                    change((left, new), true);
-                }
-                change(pair, false);
-                if let Some(&right) = self.ids.get(read + 2) {
-                    change((b, right), false);
-                    change((new, right), true);
-                }
-                self.ids[write] = new;
-                read += 2;
-            } else {
-                self.ids[write] = here;
-                read += 1;
-            }
-            write += 1;
-        }
-        self.ids.truncate(write);
+impl Words {
+    fn push(&mut self, chunk: &[u8], count: u64) {
+        let (start, len) = (self.ids.len(), chunk.len() as u32);
+        self.ids.extend(chunk.iter().map(|&byte| Id::from(byte)));
+        self.list.push(Word { start, len, count });
     }
+
+    fn ids(&mut self, word: usize) -> &mut [Id] {
+        let Word { start, len, .. } = self.list[word];
+        &mut self.ids[start..start + len as usize]
+    }
+}
+
+/// Replace each `pair` in a word by `new`, left to right; report how pair counts change
+/// and return the new length.
+///
+/// `change(p, false)` means one `p` less in this word, `change(p, true)` one more.
+fn merge(
+    ids: &mut [Id],
+    pair: Pair,
+    new: Id,
+    mut change: impl FnMut(Pair, bool),
+) -> usize {
+    let (a, b) = pair;
+    let mut write = 0; // ids[..write] is the new word so far
+    let mut read = 0;
+    while read < ids.len() {
+        let here = ids[read];
+        if here == a && ids.get(read + 1) == Some(&b) {
+            if write > 0 {
+                let left = ids[write - 1];
+                change((left, a), false);
+                change((left, new), true);
+            }
+            change(pair, false);
+            if let Some(&right) = ids.get(read + 2) {
+                change((b, right), false);
+                change((new, right), true);
+            }
+            ids[write] = new;
+            read += 2;
+        } else {
+            ids[write] = here;
+            read += 1;
+        }
+        write += 1;
+    }
+    write
 }
 // [/word]
 
@@ -140,12 +165,13 @@ impl Entry {
 }
 
 /// Phase 2: count every pair of neighbours, weighted by the word's count.
-fn index(words: &[Word]) -> FxHashMap<Pair, Entry> {
+fn index(words: &mut Words) -> FxHashMap<Pair, Entry> {
     let mut pairs: FxHashMap<Pair, Entry> = FxHashMap::default();
-    for (i, word) in words.iter().enumerate() {
-        for pair in word.ids.windows(2) {
+    for i in 0..words.list.len() {
+        let count = words.list[i].count;
+        for pair in words.ids(i).windows(2) {
             let entry = pairs.entry((pair[0], pair[1])).or_default();
-            entry.count += word.count;
+            entry.count += count;
             entry.saw(i as u32);
         }
     }
@@ -182,15 +208,14 @@ fn pop_best(heap: &mut Heap, pairs: &FxHashMap<Pair, Entry>) -> Option<Pair> {
 fn apply(
     pair: Pair,
     new: Id,
-    words: &mut [Word],
+    words: &mut Words,
     pairs: &mut FxHashMap<Pair, Entry>,
 ) -> FxHashMap<Pair, Entry> {
     let places = pairs.remove(&pair).unwrap_or_default().words;
     let mut born = FxHashMap::<Pair, Entry>::default();
     for i in places {
-        let word = &mut words[i as usize];
-        let n = word.count;
-        word.merge(pair, new, |changed, more| {
+        let n = words.list[i as usize].count;
+        let len = merge(words.ids(i as usize), pair, new, |changed, more| {
             if more {
                 let entry = born.entry(changed).or_default();
                 entry.count += n;
@@ -201,6 +226,7 @@ fn apply(
                 entry.count -= n;
             }
         });
+        words.list[i as usize].len = len as u32;
     }
     born.retain(|_, entry| entry.count > 0);
     born
@@ -224,7 +250,7 @@ impl Trainer {
     ) -> Result<Vec<Pair>> {
         check(vocab_size)?;
         let mut words = self.words();
-        let mut pairs = index(&words);
+        let mut pairs = index(&mut words);
         let queued = |(&pair, entry): (&Pair, &Entry)| (entry.count, Reverse(pair));
         let mut heap: Heap = pairs.iter().map(queued).collect();
         let mut merges = Vec::new();
@@ -244,17 +270,18 @@ impl Trainer {
         Ok(merges)
     }
 
-    /// Every chunk with a pair in it, as bytes. Sorted, so that runs repeat exactly.
-    fn words(self) -> Vec<Word> {
+    /// Every chunk with a pair in it. Sorted, so that the words of a pair, which share
+    /// letters, are near each other in memory: the merges take a quarter less time.
+    fn words(self) -> Words {
         let short = self.counts.short.into_iter().map(|(key, n)| (unkey(key), n));
         let mut counts: Vec<(Box<[u8]>, u64)> = short.chain(self.counts.long).collect();
         counts.retain(|(chunk, _)| chunk.len() > 1);
         counts.par_sort_unstable();
-        let word = |(chunk, count): (Box<[u8]>, u64)| Word {
-            ids: chunk.iter().map(|&byte| byte.into()).collect(),
-            count,
-        };
-        counts.into_iter().map(word).collect()
+        let mut words = Words::default();
+        for (chunk, count) in counts {
+            words.push(&chunk, count);
+        }
+        words
     }
 }
 // [/merge]
@@ -264,12 +291,13 @@ mod tests {
     use super::*;
 
     fn changes(ids: &[Id], pair: Pair) -> (Vec<Id>, Vec<(Pair, i64)>) {
-        let mut word = Word { ids: ids.to_vec(), count: 1 };
+        let mut ids = ids.to_vec();
         let mut net = std::collections::BTreeMap::new();
-        word.merge(pair, 9, |p, more| {
+        let len = merge(&mut ids, pair, 9, |p, more| {
             *net.entry(p).or_insert(0) += if more { 1 } else { -1 };
         });
-        (word.ids, net.into_iter().filter(|&(_, n)| n != 0).collect())
+        ids.truncate(len);
+        (ids, net.into_iter().filter(|&(_, n)| n != 0).collect())
     }
 
     #[test]
