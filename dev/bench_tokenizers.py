@@ -200,7 +200,9 @@ def make_peers() -> Path:
     python = PEERS / "bin" / "python"
     if not python.exists():
         uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "-q", "-p", sys.executable, str(PEERS)], check=True)
+        subprocess.run(
+            [*uv, "venv", "-q", "-p", sys.executable, str(PEERS)], check=True
+        )
         install = [*uv, "pip", "install", "-q", "--python", str(python), *PINS]
         subprocess.run(install, check=True)
     return python
@@ -229,7 +231,10 @@ def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
     "Lay out the medians of one task, with the ratio of our crate to each rival."
     middle = lambda key, runs: statistics.median(r[key] for r in runs)
     lines = [f"\n**{task}**\n"]
-    lines += ["| | MB/s warm | MB/s first call | ours is | result |", "|---|---|---|---|---|"]
+    lines += [
+        "| | MB/s warm | MB/s first call | ours is | result |",
+        "|---|---|---|---|---|",
+    ]
     ours = middle("warm", results["crate"])
     for rival, runs in results.items():
         if bad := [r["failed"] for r in runs if "failed" in r]:
@@ -280,7 +285,9 @@ def main(data: str, repeats: int, record: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="embedded", help="embedded, or a path")
-    parser.add_argument("--repeats", type=int, default=5, help="processes of each rival")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="processes of each rival"
+    )
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,10 +1,14 @@
 """What the Rust tokenizer promises to Python and a notebook cannot show."""
 
+import codecs
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import rustbpe
 
@@ -105,9 +109,95 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=complaint):
             tokenizer.train_from_iterator(*arguments)
-    with pytest.raises(ValueError, match="token 256 is not in a vocabulary of 256"):
-        tokenizer.decode([256])
+    for decode in (tokenizer.decode, tokenizer.decode_bytes):
+        with pytest.raises(ValueError, match="token 256 is not in a vocabulary of 256"):
+            decode([256])
+    with pytest.raises(ValueError, match="UTF-8 from byte 1"):
+        tokenizer.decode([97, 0xE2])
+    with pytest.raises(ValueError, match="'strict' or 'replace'"):
+        tokenizer.decode([97], "ignore")
     ranks = tokenizer.get_mergeable_ranks()
     with pytest.raises(ValueError, match="number 0 is 1"):
         rustbpe.Tokenizer.from_ranks(ranks[1:], tokenizer.get_pattern())
     assert rustbpe.Tokenizer.from_ranks(ranks, ".").vocab_size == 256
+
+
+def test_progress_is_reported_and_may_stop_the_training(text):
+    seen = []
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator([text], 1_000, progress=lambda *a: seen.append(a))
+    assert seen[0] == ("count", len(text), None)
+    assert seen[1] == ("merge", 0, 744) and seen[-1] == ("merge", 744, 744)
+
+    def refuse(kind, done, wanted):
+        if kind == "merge":
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        tokenizer.train_from_iterator([text], 2_000, progress=refuse)
+    assert tokenizer.vocab_size == 1_000
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(700, "uint16"), (66_000, "uint32")])
+def test_arrays(size, dtype):
+    "The same ids as lists; two bytes each as long as the vocabulary allows it."
+    ranks = [(bytes([b]), b) for b in range(256)]
+    ranks += [(f"{i:06}".encode(), i) for i in range(256, size)]
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranks, r"\d{6}|(?s:.)")
+    texts = ["", f"{size - 1:06} é", "plain", ""]
+    ids, ends = tokenizer.encode_to_numpy(texts)
+    assert ids.dtype == dtype and ends.dtype == "int64"
+    rows = [tokenizer.encode(t) for t in texts]
+    assert ids.tolist() == [i for row in rows for i in row]
+    assert max(ids) == size - 1
+    assert ends.tolist() == [sum(map(len, rows[: i + 1])) for i in range(4)]
+    assert [a.size for a in tokenizer.encode_to_numpy([])] == [0, 0]
+
+
+@given(st.binary(max_size=40))
+def test_streaming_decoder_is_pythons(data):
+    "Byte by byte: the same characters at the same moment as Python's own decoder."
+    tokenizer = rustbpe.Tokenizer()
+    ours = tokenizer.stream_decoder()
+    theirs = codecs.getincrementaldecoder("utf-8")("replace")
+    for byte in data:
+        assert ours.push(byte) == theirs.decode(bytes([byte]))
+    assert ours.finish() == theirs.decode(b"", final=True)
+    assert tokenizer.decode(list(data), "replace") == data.decode("utf-8", "replace")
+    assert tokenizer.decode_bytes(list(data)) == data
+
+
+@pytest.mark.parametrize("text", ["a", "^", " ", "\n", "ab", "漢", "é", "1", "'s"])
+def test_a_million_of_one_kind(text):
+    "Far below a second each; ten times as long takes not much more than ten times."
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(
+        [text * 1_000], 300, pattern=rustbpe.PATTERNS["nanochat"]
+    )
+    long = (text * 1_000_000)[:1_000_000]
+    start = time.perf_counter()
+    ids = trainer.encode(long)
+    assert time.perf_counter() - start < 3  # leaves room for a busy machine
+    assert trainer.decode(ids) == long
+
+
+def test_threads_may_share_a_tokenizer(text):
+    "Tables are lent to one thread at a time, and never change an answer."
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator([text], 2_000)
+    pieces = [text[i : i + 5_000] for i in range(0, 200_000, 5_000)]
+    expected = [tokenizer.encode(piece) for piece in pieces]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, pieces * 3)) == expected * 3
+    fresh = rustbpe.Tokenizer.from_ranks(
+        tokenizer.get_mergeable_ranks(), tokenizer.get_pattern()
+    )
+    assert fresh.encode_batch(pieces) == expected
+
+
+def test_split():
+    assert rustbpe.split("I'll pay 2026!", rustbpe.PATTERNS["nanochat"]) == [
+        *["I", "'ll", " pay", " ", "20", "26", "!"]
+    ]
+    with pytest.raises(ValueError, match="invalid split pattern"):
+        rustbpe.split("x", "(")

@@ -4,11 +4,15 @@ import base64
 import copy
 import json
 import os
+import pickle
+import random
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 import regex
-import tiktoken
+import tokenizers
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,16 +28,21 @@ from nanochat.bpe import (
     train_bpe,
 )
 from nanochat.common import UserError, get_base_dir
+from nanochat.dataset import iter_documents
+from nanochat.export import hf_tokenizer
 from nanochat.tokenizer import (
     FILE_NAME,
+    PRETRAINED,
     SPECIAL_TOKENS,
     RustBPETokenizer,
     color_html,
     get_token_bytes,
     get_tokenizer,
     load_tiktoken_ranks,
+    read_pickled,
+    to_tiktoken,
 )
-from scripts import tok_eval, tok_train
+from scripts import tok_eval, tok_import, tok_train
 
 DOCS = [
     "The cat and the other cats sat on 1234 mats; they'd sat there since 1999.\n\n" * 3,
@@ -93,14 +102,9 @@ def test_slow_twin_and_rust_learn_the_same(docs, merges):
 @settings(max_examples=300, deadline=None)
 def test_slow_twin_rust_and_tiktoken_encode_the_same(tok, text):
     ranks = {token: rank for rank, token in enumerate(tok.ranks)}
-    rust = rustbpe.Tokenizer.from_ranks(list(ranks.items()), SPLIT_PATTERN)
-    peer = tiktoken.Encoding(
-        "peer", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
     ids = tok.encode(text)
     assert ids == encode_bpe(text, ranks)
-    assert ids == rust.encode(text)
-    assert ids == peer.encode_ordinary(text)
+    assert ids == to_tiktoken(tok).encode_ordinary(text)
     assert decode_bpe(ids, ranks) == text.encode()
 
 
@@ -158,7 +162,7 @@ def test_special_names_in_text_stay_text(tok, name):
 
 def test_batches_prepend_append(tok):
     bos, end = tok.get_bos_token_id(), tok.encode_special("<|assistant_end|>")
-    rows = tok.encode(DOCS, prepend="<|bos|>", append=end, num_threads=2)
+    rows = tok.encode(DOCS, prepend="<|bos|>", append=end)
     assert rows == [[bos, *tok.encode(doc), end] for doc in DOCS]
     assert tok("hi", prepend=bos) == tok.encode("hi", prepend="<|bos|>")
     assert tok.encode([]) == [] and tok.encode("") == []
@@ -168,9 +172,9 @@ def test_batches_prepend_append(tok):
 @pytest.mark.parametrize("around", [("", ""), ("a", "b"), ("!", "!"), ("1", " x")])
 def test_a_million_spaces(tok, space, around):
     text = around[0] + space * 1_000_000 + around[1]
-    ids, short = tok.encode(text), tok.encode(around[0] + space * 12_000 + around[1])
-    assert tok.decode(ids) == text
-    assert short == tok.enc.encode_ordinary(around[0] + space * 12_000 + around[1])
+    short = around[0] + space * 12_000 + around[1]
+    assert tok.decode(tok.encode(text)) == text
+    assert tok.encode(short) == to_tiktoken(tok).encode_ordinary(short)
 
 
 def test_lone_surrogates_become_the_replacement_character(tok):
@@ -414,6 +418,74 @@ def test_openai_vocabularies(name, size, ids):
     ranks = {token: rank for rank, token in enumerate(peer.ranks)}
     text = DOCS[0] + DOCS[1]
     assert encode_bpe(text, ranks, peer.pattern) == peer.encode(text)
+    golden = r"EncodingName: (\S+)\nSample: (.*?)\nEncoded: (\[.*?\])\n"
+    if (plans := Path(folder) / "TestPlans.txt").exists():
+        found = re.findall(golden, plans.read_text("utf-8"), re.DOTALL)
+        mine = [x for x in found if x[0] in PRETRAINED[name][0]]
+        assert len(mine) > 20
+        for _, sample, expected in mine:
+            assert peer.encode(sample) == json.loads(expected), sample
+
+
+# ------------------------------------------------------- ways out, ways in
+
+
+def test_other_libraries_give_the_same_ids(tok):
+    "1,500 pieces of real text through tiktoken and Hugging Face's tokenizers."
+    texts = [text for text, _ in iter_documents("train")] + DOCS
+    pieces = [t[i : i + 1_000] for t in texts for i in range(0, len(t), 1_000)]
+    pieces = random.Random(0).sample(pieces, 1_500)
+    rows = tok.encode(pieces)
+    assert to_tiktoken(tok).encode_ordinary_batch(pieces) == rows
+    peer = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(tok)))
+    assert [row.ids for row in peer.encode_batch(pieces)] == rows
+    assert [peer.token_to_id(name) for name in SPECIAL_TOKENS] == [
+        tok.encode_special(name) for name in SPECIAL_TOKENS
+    ]
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_nanochats_pickle_is_read_as_data(tok, tmp_path, protocol):
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(pickle.dumps(to_tiktoken(tok), protocol))
+    assert RustBPETokenizer(*read_pickled(path)).fingerprint() == tok.fingerprint()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps(Evil()), pickle.dumps([1, 2]), b"", b"junk", pickle.dumps({"a": 1})],
+)
+def test_other_pickles_are_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.pkl").write_bytes(content)
+    with pytest.raises(UserError, match="not a pickled tokenizer"):
+        read_pickled("tokenizer.pkl")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_importing_a_pickle(tok, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(pickle.dumps(to_tiktoken(tok)))
+    config = tok_import.TokImportConfig(str(path))
+    tok_import.main(config)
+    assert get_tokenizer().fingerprint() == tok.fingerprint()
+    with pytest.raises(UserError, match="--overwrite"):
+        tok_import.main(config)
+    with pytest.raises(UserError, match="does not exist"):
+        read_pickled(tmp_path / "nowhere.pkl")
+
+
+def test_fuzz():
+    "A few of the strings of dev/fuzz_tokenizer.py, which has run on a million."
+    fuzz = runpy.run_path(str(Path(__file__).parents[1] / "dev" / "fuzz_tokenizer.py"))
+    done = fuzz["fuzz"](2_000, seed=7)
+    assert done["ids"] == 8_000 and done["splits"] > 7_000
 
 
 # ------------------------------------------------------------------ commands

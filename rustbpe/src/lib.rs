@@ -33,7 +33,7 @@ pub mod train;
 pub use decode::Utf8Stream;
 pub use encode::Tokenizer;
 pub use split::{
-    Splitter, CL100K_PATTERN, GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN,
+    Splitter, CL100K_PATTERN, GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN, PATTERNS,
 };
 pub use train::Trainer;
 

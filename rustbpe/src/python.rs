@@ -311,10 +311,28 @@ impl<'py> Texts<'py> {
 }
 // [/texts]
 
+// [pysplit]
+/// Cut a text into the chunks that no token may cross.
+#[pyfunction]
+fn split(text: &str, pattern: &str) -> PyResult<Vec<String>> {
+    let mut chunks = Vec::new();
+    let splitter = crate::Splitter::new(pattern)?;
+    splitter.for_each(text, |chunk| chunks.push(chunk.to_owned()))?;
+    Ok(chunks)
+}
+// [/pysplit]
+
 // [pymodule]
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
-    use super::{StreamDecoder, Tokenizer};
+    use super::{split, StreamDecoder, Tokenizer};
+    use pyo3::prelude::*;
+
+    /// The patterns that have a scanner, by name.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("PATTERNS", std::collections::BTreeMap::from(crate::PATTERNS))
+    }
 }
 // [/pymodule]

@@ -63,6 +63,14 @@ pub const GPT4_PATTERN: &str = concat!(
     r"|\s+",
 );
 
+/// The patterns that have a scanner, by name.
+pub const PATTERNS: [(&str, &str); 4] = [
+    ("gpt2", GPT2_PATTERN),
+    ("cl100k", CL100K_PATTERN),
+    ("gpt4", GPT4_PATTERN),
+    ("nanochat", NANOCHAT_PATTERN),
+];
+
 /// What the scanner has to know about a pattern.
 #[derive(Debug, Clone, Copy)]
 struct Rules {
