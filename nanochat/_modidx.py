@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nanochat.plan': { 'nanochat.plan.BaseConfig': ('training_process.html#baseconfig', 'nanochat/plan.py'),
                                'nanochat.plan.ChatConfig': ('training_process.html#chatconfig', 'nanochat/plan.py'),
                                'nanochat.plan.Plan': ('training_process.html#plan', 'nanochat/plan.py'),
+                               'nanochat.plan.base_plan': ('training_process.html#base_plan', 'nanochat/plan.py'),
                                'nanochat.plan.make_plan': ('training_process.html#make_plan', 'nanochat/plan.py'),
                                'nanochat.plan.model_config': ('training_process.html#model_config', 'nanochat/plan.py')},
             'nanochat.report': { 'nanochat.report.accuracy_cell': ('evaluation.html#accuracy_cell', 'nanochat/report.py'),

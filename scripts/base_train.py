@@ -10,7 +10,7 @@ from nanochat.checkpoint import build_model
 from nanochat.common import compute_init, get_dist_info, print0, run_cli
 from nanochat.dataloader import batches
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.plan import BaseConfig, make_plan, model_config
+from nanochat.plan import BaseConfig, base_plan
 from nanochat.tokenizer import get_tokenizer
 from scripts._stage import run_stage
 
@@ -18,28 +18,14 @@ from scripts._stage import run_stage
 def main(config: BaseConfig) -> None:
     device, tokenizer = compute_init(config.device), get_tokenizer()
     world = get_dist_info()[2]
-    shape = model_config(
-        config.depth,
-        tokenizer.get_vocab_size(),
-        config.max_seq_len,
-        config.aspect_ratio,
-        config.kv_heads,
-    )
-    plan = make_plan(
-        shape,
-        config.device_batch_size,
-        config.total_batch_size,
-        config.num_iterations,
-        config.param_data_ratio,
-        world,
-        activation_bytes=2 if device.type == "cuda" else 4,
-    )
+    vocab, gpu = tokenizer.get_vocab_size(), device.type == "cuda"
+    plan = base_plan(config, vocab, world, activation_bytes=2 if gpu else 4)
     print0(
         f"{plan.parameters:,} parameters, {plan.num_steps:,} steps of "
         f"{plan.total_batch_size:,} tokens, {plan.flops:.2e} operations, about "
         f"{plan.memory / 2**30:.1f} GiB"
     )
-    model = build_model(shape, device, config.seed)
+    model = build_model(plan.model, device, config.seed)
     B, T = config.device_batch_size, config.max_seq_len
 
     def stream(split: str, streams: int, cursors: dict | None = None):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nanochat import common
 from nanochat.accounting import parameter_counts
-from nanochat.plan import BaseConfig, ChatConfig, make_plan, model_config
+from nanochat.plan import BaseConfig, ChatConfig, base_plan
 
 STAGES = {
     "tok_train": "learn {vocab:,} tokens from the training text",
@@ -52,20 +52,9 @@ def main(config: PlanConfig) -> None:
     preset = common.detect_preset()
     device, world = common.compute_init(config.device), 8 if preset == "gpu8" else 1
     vocab = int(common.read_preset("tok_train", preset)["vocab_size"])
-    shape = model_config(
-        config.depth, vocab, config.max_seq_len, config.aspect_ratio, config.kv_heads
-    )
     gpu = preset != "cpu"
-    width = 2 if gpu else 4
-    plan = make_plan(
-        shape,
-        config.device_batch_size,
-        config.total_batch_size,
-        config.num_iterations,
-        config.param_data_ratio,
-        world,
-        width,
-    )
+    plan = base_plan(config, vocab, world, 2 if gpu else 4)
+    shape = plan.model
     console, facts = Console(highlight=False), common.environment()
     machine = ", ".join(facts["gpus"]) or f"{facts['cpus']} CPU cores, no GPU"
     console.print(f"machine   {machine}, {facts['memory_gib']} GiB of memory")

@@ -1,6 +1,7 @@
 """Train the tokenizer on the training text, the training chats and numbers.
 
 python -m scripts.tok_train --vocab-size 65536 --max-chars 2000000000
+python -m scripts.tok_train --pickle tokenizer.pkl    take over nanochat's, unexecuted
 """
 
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from nanochat.common import UserError, get_base_dir, print0, run_cli, save_section
 from nanochat.dataset import data_path, iter_documents
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer import RustBPETokenizer, read_pickled
 
 ROUND_TRIP = "Hello, world! I'm 1234 years old.\n\n\tnaïve café — 안녕 🙂 <|bos|>"
 
@@ -28,6 +29,8 @@ class TokTrainConfig:
     """Read the numbers 0 to 9,999 so often, so that pairs of digits become tokens."""
     data: str = ""
     """Corpus: embedded, hub, or a path."""
+    pickle: str = ""
+    """Instead of training, read the tokenizer.pkl of a nanochat run, as data."""
 
 
 def corpus_texts(config: TokTrainConfig) -> Iterator[str]:
@@ -77,12 +80,16 @@ def main(config: TokTrainConfig) -> None:
         yield from count_text(corpus_texts(config), seen, "corpus")
         yield from count_text(chat_texts(config), seen, "chats and numbers")
 
-    tokenizer = RustBPETokenizer.train_from_iterator(texts(), config.vocab_size)
+    if config.pickle:
+        tokenizer = RustBPETokenizer(*read_pickled(config.pickle))
+        size = tokenizer.get_vocab_size()
+    else:
+        tokenizer = RustBPETokenizer.train_from_iterator(texts(), config.vocab_size)
+        size = tokenizer.get_vocab_size()
+        if size < config.vocab_size:
+            print0(f"the text has no more pairs to merge: {size:,} tokens instead of")
+            print0(f"{config.vocab_size:,}; give more text or ask for fewer tokens")
     seconds = time.time() - begun
-    size = tokenizer.get_vocab_size()
-    if size < config.vocab_size:
-        print0(f"the text has no more pairs to merge: {size:,} tokens instead of")
-        print0(f"{config.vocab_size:,}; give more text or ask for fewer tokens")
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
         raise AssertionError(f"the round trip changes {ROUND_TRIP!r}")
     folder = get_base_dir() / "tokenizer"
@@ -94,7 +101,7 @@ def main(config: TokTrainConfig) -> None:
     ratio = sum(len(text.encode("utf-8", "replace")) for text in sample) / num_tokens
     numbers = sum(len(tokenizer.encode(f"{n:02}")) == 1 for n in range(100))
     read = ", ".join(f"{n / 1e6:.2f} MB of {part}" for part, n in seen.items())
-    print0(f"read {read} in {seconds:.1f} s")
+    print0(f"read {read or config.pickle} in {seconds:.1f} s")
     print0(
         f"{size:,} tokens of {lengths.mean():.2f} bytes on average, at most", end=" "
     )

@@ -42,7 +42,7 @@ from nanochat.tokenizer import (
     read_pickled,
     to_tiktoken,
 )
-from scripts import tok_eval, tok_import, tok_train
+from scripts import tok_eval, tok_train
 
 DOCS = [
     "The cat and the other cats sat on 1234 mats; they'd sat there since 1999.\n\n" * 3,
@@ -468,17 +468,14 @@ def test_other_pickles_are_refused(tmp_path, monkeypatch, content):
     assert not (tmp_path / "owned").exists()
 
 
-def test_importing_a_pickle(tok, tmp_path, monkeypatch, capsys):
+def test_importing_a_pickle(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(to_tiktoken(tok)))
-    config = tok_import.TokImportConfig(str(path))
-    tok_import.main(config)
+    tok_train.main(tok_train.TokTrainConfig(pickle=str(path)))
     assert get_tokenizer().fingerprint() == tok.fingerprint()
-    with pytest.raises(UserError, match="--overwrite"):
-        tok_import.main(config)
     with pytest.raises(UserError, match="does not exist"):
-        read_pickled(tmp_path / "nowhere.pkl")
+        tok_train.main(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
 
 
 def test_fuzz():

@@ -154,11 +154,4 @@ impl Pool {
         result
     }
 }
-
-/// A copy starts with no tables.
-impl Clone for Pool {
-    fn clone(&self) -> Self {
-        Self::default()
-    }
-}
 // [/pool]

@@ -15,7 +15,7 @@ use std::collections::BinaryHeap;
 
 // [tokenizer]
 /// A vocabulary with its split pattern.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Tokenizer {
     splitter: Splitter,
     tokens: Vec<Box<[u8]>>,

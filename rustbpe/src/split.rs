@@ -40,28 +40,27 @@ pub const CL100K_PATTERN: &str = concat!(
     r"|\s",
 );
 
-/// The pattern of nanochat: an older spelling of GPT-4's, without the special treatment
-/// of the end of a text, and with at most two digits in a chunk.
-pub const NANOCHAT_PATTERN: &str = concat!(
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
-    r"|\p{N}{1,2}",
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
-    r"|\s*[\r\n]",
-    r"|\s+(?!\S)",
-    r"|\s+",
-);
+/// GPT-4's pattern as first published, with a given number of digits in a chunk.
+macro_rules! older {
+    ($digits:literal) => {
+        concat!(
+            r"'(?i:[sdmt]|ll|ve|re)",
+            r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
+            r"|\p{N}{1,",
+            $digits,
+            r"}| ?[^\s\p{L}\p{N}]++[\r\n]*",
+            r"|\s*[\r\n]",
+            r"|\s+(?!\S)",
+            r"|\s+",
+        )
+    };
+}
 
-/// The same with at most three digits: how GPT-4's pattern was first published.
-pub const GPT4_PATTERN: &str = concat!(
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
-    r"|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
-    r"|\s*[\r\n]",
-    r"|\s+(?!\S)",
-    r"|\s+",
-);
+/// The pattern of nanochat, without special treatment of the end of a text.
+pub const NANOCHAT_PATTERN: &str = older!("2");
+
+/// The same with three digits: how GPT-4's pattern was first published.
+pub const GPT4_PATTERN: &str = older!("3");
 
 /// The patterns that have a scanner, by name.
 pub const PATTERNS: [(&str, &str); 4] = [
