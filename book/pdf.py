@@ -29,6 +29,7 @@ RENAMED = [
     (r"\bsect\b(?=[. ])", "inter"),
 ]
 NOISE = ".headerlink, button, script, input, style, .toctree-wrapper > ul, .backlinks"
+NOISE += ", .cell_output:has(.widget)"
 
 
 def clean_headings(body) -> None:

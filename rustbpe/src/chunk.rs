@@ -38,37 +38,120 @@ pub(crate) fn unkey(key: u128) -> Box<[u8]> {
 }
 // [/key]
 
+// [table]
+/// A map from keys that keeps them in the order in which they came, like Python's dict.
+///
+/// `index` is searched from a key's place to the next free one (0); the numbers in it
+/// count `keys` from 1. What came first is met most often, and lies close together.
+#[derive(Debug, Clone)]
+pub(crate) struct Table<V> {
+    index: Vec<u32>,
+    keys: Vec<u128>,
+    values: Vec<V>,
+}
+
+/// Mix all bits of a key into the few that choose its place among `places`, a power of 2.
+#[inline]
+fn place(key: u128, places: usize) -> usize {
+    let high = ((key >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let folded = key as u64 ^ high;
+    let mixed = (folded ^ (folded >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    (mixed >> 32) as usize & (places - 1)
+}
+
+impl<V: Copy + Default> Default for Table<V> {
+    fn default() -> Self {
+        Self { index: vec![0; 1 << 10], keys: Vec::new(), values: Vec::new() }
+    }
+}
+
+impl<V: Copy + Default> Table<V> {
+    /// The place of a key in `index`, and its number, 0 if it is new.
+    #[inline]
+    fn find(&self, key: u128) -> (usize, usize) {
+        let mut at = place(key, self.index.len());
+        loop {
+            let number = self.index[at] as usize;
+            if number == 0 || self.keys[number - 1] == key {
+                return (at, number);
+            }
+            at = (at + 1) & (self.index.len() - 1);
+        }
+    }
+
+    /// The value of a key.
+    #[inline]
+    pub fn get(&self, key: u128) -> Option<V> {
+        let (_, number) = self.find(key);
+        number.checked_sub(1).map(|i| self.values[i])
+    }
+
+    /// The same to change; a key that is new has the default value.
+    #[inline]
+    pub fn entry(&mut self, key: u128) -> &mut V {
+        let (at, mut number) = self.find(key);
+        if number == 0 {
+            number = self.insert(key, at);
+        }
+        &mut self.values[number - 1]
+    }
+
+    #[inline(never)]
+    fn insert(&mut self, key: u128, at: usize) -> usize {
+        self.keys.push(key);
+        self.values.push(V::default());
+        self.index[at] = self.keys.len() as u32;
+        if 2 * self.keys.len() > self.index.len() {
+            self.index = vec![0; 2 * self.index.len()];
+            for (number, &key) in (1..).zip(&self.keys) {
+                let mut at = place(key, self.index.len());
+                while self.index[at] != 0 {
+                    at = (at + 1) & (self.index.len() - 1);
+                }
+                self.index[at] = number;
+            }
+        }
+        self.keys.len()
+    }
+
+    /// All keys with their values.
+    pub fn iter(&self) -> impl Iterator<Item = (u128, V)> + '_ {
+        self.keys.iter().copied().zip(self.values.iter().copied())
+    }
+}
+// [/table]
+
 // [map]
 /// A map from chunks: short ones by their key, long ones by their bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct ChunkMap<L, V> {
-    pub short: FxHashMap<u128, V>,
+    pub short: Table<V>,
     pub long: FxHashMap<L, V>,
 }
 
-impl<L, V> Default for ChunkMap<L, V> {
+impl<L, V: Copy + Default> Default for ChunkMap<L, V> {
     fn default() -> Self {
-        Self { short: FxHashMap::default(), long: FxHashMap::default() }
+        Self { short: Table::default(), long: FxHashMap::default() }
     }
 }
 
-impl<L: Hash + Eq + Borrow<[u8]>, V> ChunkMap<L, V> {
+impl<L: Hash + Eq + Borrow<[u8]>, V: Copy + Default> ChunkMap<L, V> {
     /// The value of the first `n` bytes of `rest`.
-    pub fn get(&self, rest: &[u8], n: usize) -> Option<&V> {
+    pub fn get(&self, rest: &[u8], n: usize) -> Option<V> {
         match key(rest, n) {
-            Some(key) => self.short.get(&key),
-            None => self.long.get(&rest[..n]),
+            Some(key) => self.short.get(key),
+            None => self.long.get(&rest[..n]).copied(),
         }
     }
 
     /// The same to change; a chunk that is new has the default value.
+    #[inline]
     pub fn entry<'t>(&mut self, rest: &'t [u8], n: usize) -> &mut V
     where
         L: From<&'t [u8]>,
-        V: Default,
     {
         match key(rest, n) {
-            Some(key) => self.short.entry(key).or_default(),
+            Some(key) => self.short.entry(key),
             None => self.long.entry(L::from(&rest[..n])).or_default(),
         }
     }
@@ -76,82 +159,51 @@ impl<L: Hash + Eq + Borrow<[u8]>, V> ChunkMap<L, V> {
 // [/map]
 
 // [cache]
-/// A table has at least 2^12 places of 32 bytes, and grows to at most 2^16, two
-/// megabytes: more would push the most frequent words out of the processor's cache.
-const SMALLEST: u32 = 12;
-const LARGEST: u32 = 16;
-
 /// Stands where there is no further token.
 pub(crate) const NONE: Id = Id::MAX;
 
-/// A chunk and its tokens; at most four, which is enough for nearly all.
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    key: u128,
-    ids: [Id; 4],
-}
+/// The tokens, at most four, of chunks met lately that are no tokens themselves.
+#[derive(Debug, Default)]
+pub(crate) struct Cache(Table<[Id; 4]>);
 
-/// The tokens of the chunks met lately, each in the one place that its key gives it.
-///
-/// A chunk that falls on an occupied place replaces what is there: no lists, no
-/// bookkeeping. Key 0 is no chunk's, since a chunk has a length.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    slots: Vec<Slot>,
-    bits: u32,
-    used: usize,
-}
+/// So many chunks, about three megabytes, and a cache forgets them all.
+const FULL: usize = 1 << 16;
 
 impl Cache {
-    fn new(bits: u32) -> Self {
-        let empty = Slot { key: 0, ids: [NONE; 4] };
-        Self { slots: vec![empty; 1 << bits], bits, used: 0 }
-    }
-
-    /// Mix all bits of a key into the few that choose its place.
-    fn place(&self, key: u128) -> usize {
-        let high = ((key >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let folded = key as u64 ^ high;
-        let mixed = (folded ^ (folded >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
-        (mixed >> (64 - self.bits)) as usize
-    }
-
     /// The tokens of a chunk, filled up with `NONE`, if they are here.
     #[inline]
-    pub fn get(&self, key: u128) -> Option<&[Id; 4]> {
-        let slot = &self.slots[self.place(key)];
-        (slot.key == key).then_some(&slot.ids)
+    pub fn get(&self, key: u128) -> Option<[Id; 4]> {
+        self.0.get(key)
     }
 
-    /// Remember the tokens of a chunk. A table that is half full grows.
+    /// Remember the tokens of a chunk.
     pub fn put(&mut self, key: u128, ids: [Id; 4]) {
-        let at = self.place(key);
-        self.used += usize::from(self.slots[at].key == 0);
-        self.slots[at] = Slot { key, ids };
-        if 2 * self.used > self.slots.len() && self.bits < LARGEST {
-            let mut larger = Self::new(self.bits + 2);
-            for slot in self.slots.iter().filter(|slot| slot.key != 0) {
-                larger.put(slot.key, slot.ids);
-            }
-            *self = larger;
+        if self.0.keys.len() == FULL {
+            self.0 = Table::default();
         }
+        *self.0.entry(key) = ids;
     }
 }
 // [/cache]
 
 // [pool]
-/// Tables at rest, at most as many as threads have ever encoded at once.
+/// Tables at rest, at most as many as threads have ever been at work at once.
 #[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Vec<Cache>>);
+pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
-impl Pool {
-    /// Lend a table to `work`, warm if one has been used before.
-    pub fn lend<T>(&self, work: impl FnOnce(&mut Cache) -> T) -> T {
+impl<T: Default> Pool<T> {
+    /// Lend a table to `work`, one that has been used before if there is one.
+    pub fn lend<R>(&self, work: impl FnOnce(&mut T) -> R) -> R {
         let rested = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut cache = rested.unwrap_or_else(|| Cache::new(SMALLEST));
-        let result = work(&mut cache);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(cache);
+        let mut table = rested.unwrap_or_default();
+        let result = work(&mut table);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(table);
         result
+    }
+
+    /// All tables.
+    pub fn into_inner(self) -> Vec<T> {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 }
 // [/pool]

@@ -22,7 +22,7 @@ pub struct Tokenizer {
     ids: ChunkMap<Box<[u8]>, Id>,
     merges: FxHashMap<Pair, Id>,
     bytes: [Id; 256],
-    caches: Pool,
+    caches: Pool<Cache>,
 }
 // [/tokenizer]
 
@@ -56,7 +56,7 @@ impl Tokenizer {
         for (byte, id) in (0..=255_u8).zip(&mut bytes) {
             let missing =
                 || Error::Ranks(format!("no token for the single byte {byte}"));
-            *id = *ids.get(&[byte], 1).ok_or_else(missing)?;
+            *id = ids.get(&[byte], 1).ok_or_else(missing)?;
         }
         let merges = joins(&tokens, &ids);
         Ok(Self { splitter, tokens, ids, merges, bytes, caches: Pool::default() })
@@ -69,7 +69,7 @@ fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair,
         let token = &tokens[id];
         let pair = |cut: usize| {
             let (left, right) = (ids.get(token, cut)?, &token[cut..]);
-            Some(((*left, *ids.get(right, right.len())?), id as Id))
+            Some(((left, ids.get(right, right.len())?), id as Id))
         };
         (1..token.len()).filter_map(pair).collect::<Vec<_>>()
     };
@@ -128,23 +128,24 @@ impl Tokenizer {
     /// Encode one text behind what is in `out` already.
     pub fn encode_into(&self, text: &str, out: &mut Vec<Id>) -> Result<()> {
         self.caches.lend(|cache| {
-            let visit = |rest: &str, n| self.lookup(cache, rest.as_bytes(), n, out);
+            let visit =
+                |start, n| self.append(cache, &text.as_bytes()[start..], n, out);
             self.splitter.cut(text, visit)
         })
     }
 
-    /// Append the tokens of the first `n` bytes of `rest`, from the cache if it has them.
-    #[inline]
-    fn lookup(&self, cache: &mut Cache, rest: &[u8], n: usize, out: &mut Vec<Id>) {
+    /// Append the tokens of the chunk that is the first `n` bytes of `rest`.
+    #[inline(always)]
+    fn append(&self, cache: &mut Cache, rest: &[u8], n: usize, out: &mut Vec<Id>) {
         let Some(key) = key(rest, n) else {
-            return self.encode_chunk(rest, n, out);
+            return self.append_long(&rest[..n], out);
         };
-        let Some(ids) = cache.get(key) else {
-            return self.remember(cache, key, &rest[..n], out);
-        };
-        out.push(ids[0]); // nearly always the only one
-        if ids[1] != NONE {
-            out.extend(ids[1..].iter().copied().take_while(|&id| id != NONE));
+        match self.ids.short.get(key) {
+            Some(id) => out.push(id), // nearly always
+            None => match cache.get(key) {
+                Some(ids) => out.extend(ids.iter().take_while(|&&id| id != NONE)),
+                None => self.remember(cache, key, &rest[..n], out),
+            },
         }
     }
 
@@ -152,12 +153,22 @@ impl Tokenizer {
     #[inline(never)]
     fn remember(&self, cache: &mut Cache, key: u128, chunk: &[u8], out: &mut Vec<Id>) {
         let start = out.len();
-        self.encode_chunk(chunk, chunk.len(), out);
+        self.merge_short(chunk, out);
         let new = &out[start..];
         let mut ids = [NONE; 4];
         if let Some(places) = ids.get_mut(..new.len()) {
             places.copy_from_slice(new);
             cache.put(key, ids);
+        }
+    }
+
+    /// Append the tokens of a chunk that has no key.
+    #[inline(never)]
+    fn append_long(&self, chunk: &[u8], out: &mut Vec<Id>) {
+        match self.ids.long.get(chunk) {
+            Some(&id) => out.push(id),
+            None if chunk.len() <= SHORT => self.merge_short(chunk, out),
+            None => self.merge_long(chunk, out),
         }
     }
 
@@ -178,15 +189,6 @@ impl Tokenizer {
 const SHORT: usize = 100;
 
 impl Tokenizer {
-    /// Append the tokens of the chunk that is the first `n` bytes of `rest`.
-    fn encode_chunk(&self, rest: &[u8], n: usize, out: &mut Vec<Id>) {
-        match self.ids.get(rest, n) {
-            Some(&id) => out.push(id),
-            None if n <= SHORT => self.merge_short(&rest[..n], out),
-            None => self.merge_long(&rest[..n], out),
-        }
-    }
-
     /// Scan for the lowest rank, merge there, repeat: quadratic, fastest when short.
     fn merge_short(&self, chunk: &[u8], out: &mut Vec<Id>) {
         let start = out.len();

@@ -57,6 +57,8 @@ pub enum Error {
     Gap(usize),
     /// A vocabulary must hold at least the 256 bytes and at most `u32::MAX` tokens.
     VocabSize(usize),
+    /// The different chunks of the text have so many bytes; 2^32 is too many.
+    Chunks(usize),
     /// The list of tokens cannot be a vocabulary, for the reason given.
     Ranks(String),
     /// There is no token with this number in a vocabulary of this size.
@@ -81,6 +83,11 @@ impl fmt::Display for Error {
                 f,
                 "vocab_size is {n}, but it must be at least 256 (one token per byte) \
                  and below 2^32"
+            ),
+            Error::Chunks(n) => write!(
+                f,
+                "the text has {n} bytes of different chunks, and fewer than 2^32 can be \
+                 learned from; train on less text"
             ),
             Error::Ranks(why) => write!(f, "these ranks are no vocabulary: {why}"),
             Error::UnknownId(id, size) => {

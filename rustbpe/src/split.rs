@@ -71,7 +71,7 @@ pub const PATTERNS: [(&str, &str); 4] = [
 ];
 
 /// What the scanner has to know about a pattern.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Rules {
     /// Only a blank may begin a word, and a newline is white space like any other.
     gpt2: bool,
@@ -140,48 +140,47 @@ impl Splitter {
         text: &'t str,
         mut visit: impl FnMut(&'t str),
     ) -> Result<()> {
-        self.cut(text, |rest, n| visit(&rest[..n]))
+        self.cut(text, |start, n| visit(&text[start..start + n]))
     }
 
-    /// Like `for_each`, but shows the text from the chunk on and the chunk's length, so
-    /// that a reader may look at more bytes at once than the chunk has.
+    /// Like `for_each`, but tells where each chunk starts and how long it is, so that a
+    /// reader may look at more bytes at once than the chunk has. One loop for both
+    /// engines: with two, `visit` would not be compiled into either.
     #[inline(always)]
-    pub(crate) fn cut<'t>(
+    pub(crate) fn cut(
         &self,
-        text: &'t str,
-        mut visit: impl FnMut(&'t str, usize),
+        text: &str,
+        mut visit: impl FnMut(usize, usize),
     ) -> Result<()> {
-        match &self.engine {
-            Engine::Scanner(rules) => {
-                let mut rest = text;
-                while !rest.is_empty() {
-                    let n = match ascii_word(rest.as_bytes(), rules) {
-                        0 => scan(rest, rules),
-                        n => n,
-                    };
-                    visit(rest, n);
-                    rest = &rest[n..];
-                }
-            }
-            Engine::Regex(regex) => {
-                let mut end = 0;
-                for found in regex.find_iter(text) {
-                    let found = found.map_err(|e| Error::Split(e.to_string()))?;
-                    if found.start() != end {
-                        return Err(Error::Gap(end));
-                    }
-                    if found.end() > end {
-                        visit(&text[end..], found.end() - end);
-                    }
-                    end = found.end();
-                }
-                if end != text.len() {
-                    return Err(Error::Gap(end));
-                }
-            }
+        let (mut scan, found) = match &self.engine {
+            Engine::Scanner(rules) => (Scan::new(text, *rules), Vec::new()),
+            Engine::Regex(regex) => (Scan::default(), search(regex, text)?),
+        };
+        let mut found = found.into_iter();
+        while let Some((start, n)) = scan.next().or_else(|| found.next()) {
+            visit(start, n);
         }
         Ok(())
     }
+}
+
+/// The start and the length of every match, if nothing lies between two of them.
+fn search(regex: &Regex, text: &str) -> Result<Vec<(usize, usize)>> {
+    let (mut chunks, mut end) = (Vec::new(), 0);
+    for found in regex.find_iter(text) {
+        let found = found.map_err(|e| Error::Split(e.to_string()))?;
+        if found.start() != end {
+            return Err(Error::Gap(end));
+        }
+        if found.end() > end {
+            chunks.push((end, found.end() - end));
+        }
+        end = found.end();
+    }
+    if end != text.len() {
+        return Err(Error::Gap(end));
+    }
+    Ok(chunks)
 }
 // [/splitter]
 
@@ -218,17 +217,14 @@ fn classes() -> &'static [Class] {
 }
 // [/classes]
 
-// [word]
-/// Sixteen bytes at once; byte i of the text is byte i of the number.
-type Window = u128;
-
-/// The same byte in all sixteen places.
-const fn every(byte: u8) -> Window {
-    Window::from_le_bytes([byte; 16])
+// [block]
+/// The same byte in all eight places.
+const fn every(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
 }
 
 /// Set the top bit of every byte that is an ASCII letter, and no other bit.
-fn letters(window: Window) -> Window {
+fn letters(window: u64) -> u64 {
     let top = every(0x80);
     let lower = (window | every(0x20)) & !top; // 'A' and 'a' differ in this bit
     let from_a = lower + every(0x80 - b'a'); // a carry into the top bit means >= 'a'
@@ -236,30 +232,107 @@ fn letters(window: Window) -> Window {
     from_a & !past_z & !window & top
 }
 
-/// Length of the first chunk if it is an ASCII word, or one mark with a blank behind it,
-/// and ends within the window; 0 leaves the decision to `scan`.
-#[inline(always)]
-fn ascii_word(rest: &[u8], rules: &Rules) -> usize {
-    let Some(window) = rest.first_chunk::<16>() else {
-        return 0;
-    };
-    let window = Window::from_le_bytes(*window);
-    let (first, second) = (window as u8, (window >> 8) as u8);
-    let prefix = match first {
-        b'a'..=b'z' | b'A'..=b'Z' => 0,
-        b' ' => 1,
-        _ if second == b' ' && first.is_ascii_punctuation() => return 1,
-        b'\'' | b'0'..=b'9' | b'\r' | b'\n' | 0x80.. => return 0,
-        _ if rules.gpt2 => return 0,
-        _ => 1,
-    };
-    let others = (letters(window) ^ every(0x80)) >> (8 * prefix);
-    let word = (others & every(0x80)).trailing_zeros() as usize / 8;
-    let end = prefix + word;
-    if word == 0 || end >= 16 || (window >> (8 * end)) as u8 >= 0x80 {
-        return 0; // no word, or perhaps more of it behind the window or beyond ASCII
+/// Collect the top bits of eight bytes in one byte, the first as its lowest bit.
+fn gather(tops: u64) -> u64 {
+    (tops >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
+}
+
+/// What is known of sixty-four bytes of text: bit i tells of byte i.
+#[derive(Debug, Clone, Copy, Default)]
+struct Block {
+    letters: u64, // an ASCII letter
+    foreign: u64, // not ASCII
+}
+
+impl Block {
+    #[inline(always)]
+    fn new(bytes: &[u8; 64]) -> Self {
+        let mut block = Self::default();
+        for (i, eight) in bytes.chunks_exact(8).enumerate() {
+            let eight = eight.first_chunk().copied().unwrap_or_default();
+            let window = u64::from_le_bytes(eight);
+            block.letters |= gather(letters(window)) << (8 * i);
+            block.foreign |= gather(window & every(0x80)) << (8 * i);
+        }
+        block
     }
-    end
+
+    /// Look at the beginning of a text; behind its end it finds zeros.
+    #[inline(always)]
+    fn read(rest: &[u8]) -> Self {
+        if let Some(bytes) = rest.first_chunk() {
+            return Self::new(bytes);
+        }
+        let mut bytes = [0; 64];
+        bytes[..rest.len()].copy_from_slice(rest);
+        Self::new(&bytes)
+    }
+}
+// [/block]
+
+// [word]
+impl Block {
+    /// Length of the chunk at byte `i`, where `rest` begins, if it is an ASCII word, or
+    /// one mark with a blank behind it, and ends inside the block; else 0.
+    #[inline(always)]
+    fn chunk(&self, i: usize, rest: &[u8], rules: &Rules) -> usize {
+        if i >= 64 {
+            return 0;
+        }
+        let prefix = match rest {
+            [b' ', ..] => 1,
+            [b'a'..=b'z' | b'A'..=b'Z', ..] => 0,
+            [first, b' ', ..] if first.is_ascii_punctuation() => return 1,
+            [b'\'' | b'0'..=b'9' | b'\r' | b'\n' | 0x80.., ..] | [] => return 0,
+            _ if rules.gpt2 => return 0,
+            _ => 1,
+        };
+        let end = (!self.letters & (u64::MAX << i << prefix)).trailing_zeros() as usize;
+        if end == i + prefix || end == 64 || self.foreign >> end & 1 == 1 {
+            return 0; // no word, or perhaps more of it behind the block or beyond ASCII
+        }
+        end - i
+    }
+}
+
+/// The chunks of a text one after the other: where each starts and how long it is.
+#[derive(Debug, Default)]
+struct Scan<'t> {
+    text: &'t str,
+    rules: Rules,
+    block: Block,
+    begin: usize, // of the block
+    start: usize, // of the next chunk
+}
+
+impl<'t> Scan<'t> {
+    #[inline(always)]
+    fn new(text: &'t str, rules: Rules) -> Self {
+        Self { text, rules, block: Block::read(text.as_bytes()), begin: 0, start: 0 }
+    }
+}
+
+impl Iterator for Scan<'_> {
+    type Item = (usize, usize);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        let (start, i) = (self.start, self.start - self.begin);
+        let rest = &self.text.as_bytes()[start..];
+        if rest.is_empty() {
+            return None;
+        }
+        let mut n = self.block.chunk(i, rest, &self.rules);
+        if n == 0 && i >= 48 {
+            (self.block, self.begin) = (Block::read(rest), start);
+            n = self.block.chunk(0, rest, &self.rules);
+        }
+        if n == 0 {
+            n = scan(&self.text[start..], &self.rules);
+        }
+        self.start += n;
+        Some((start, n))
+    }
 }
 // [/word]
 
