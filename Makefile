@@ -41,8 +41,9 @@ pdf: setup ## the same as one PDF, book/_build/nanochat-book.pdf
 	$(SPHINX) -t pdf -b singlehtml nbs $(BUILD)/single
 	python book/pdf.py $(BUILD)/single $(BUILD)/nanochat-book.pdf
 
-bench: setup ## measure the tokenizer crate
+bench: setup ## measure the tokenizer crate, alone and against its peers
 	$(CARGO) bench $(CRATE)
+	python dev/bench_tokenizers.py
 
 data: setup ## make nanochat/data again from its public sources (550 MB)
 	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages

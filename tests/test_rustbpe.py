@@ -1,6 +1,7 @@
 """What the Rust tokenizer promises to Python and a notebook cannot show."""
 
 import codecs
+import random
 import signal
 import threading
 import time
@@ -179,6 +180,20 @@ def test_a_million_of_one_kind(text):
     ids = trainer.encode(long)
     assert time.perf_counter() - start < 3  # leaves room for a busy machine
     assert trainer.decode(ids) == long
+
+
+def test_training_on_a_text_without_blanks():
+    "A script without blanks has chunks of any length; a merge visits places, not chunks."
+    rng = random.Random(0)
+    weights = [1 / k for k in range(1, 1001)]
+    characters = [chr(0x4E00 + k) for k in range(1000)]
+    chunk = "".join(rng.choices(characters, weights, k=1_000_000))
+    start = time.perf_counter()
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator([chunk], 30_000)
+    # Walking over the chunk for each merge takes twenty seconds on a quiet machine.
+    assert time.perf_counter() - start < 10
+    assert tokenizer.decode(tokenizer.encode(chunk)) == chunk
 
 
 def test_threads_may_share_a_tokenizer(text):

@@ -1,9 +1,10 @@
 //! Time each phase on a text of yours: `cargo run --release --example phases -- FILE`.
 //!
 //! A line of JSON: seconds to split, to split and count, to learn 32,768 tokens, and to
-//! encode; and a hash of the ids. Documents in the file are separated by zero bytes.
+//! encode with them and with the first 2,048; and a hash of the ids. Documents in the file
+//! are separated by zero bytes.
 
-use rustbpe::{Splitter, Tokenizer, Trainer, NANOCHAT_PATTERN};
+use rustbpe::{Pair, Splitter, Tokenizer, Trainer, NANOCHAT_PATTERN};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Instant;
 
@@ -28,15 +29,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (count, fed) = seconds(|| trainer.feed(&docs));
     fed?;
     let (merge, merges) = seconds(|| trainer.train(32_768));
-    let tokenizer = Tokenizer::new(merges?, NANOCHAT_PATTERN)?;
+    let merges = merges?;
     let mut ids = Vec::new();
-    let each = |doc: &&str| tokenizer.encode_into(doc, &mut ids);
-    let (encode, encoded) = seconds(|| docs.iter().try_for_each(each));
-    encoded?;
+    let mut encode = |merges: &[Pair]| {
+        let tokenizer = Tokenizer::new(merges.to_vec(), NANOCHAT_PATTERN)?;
+        let each = |doc: &&str| tokenizer.encode_into(doc, &mut ids);
+        let (encode, done) = seconds(|| docs.iter().try_for_each(each));
+        done.map(|()| encode)
+    };
+    let (large, small) = (encode(&merges)?, encode(&merges[..merges.len().min(2048 - 256)])?);
     let mut hash = DefaultHasher::new();
     (chunks?, ids).hash(&mut hash);
     println!(
-        r#"{{"split": {split}, "count": {count}, "merge": {merge}, "encode": {encode}, "hash": "{:016x}"}}"#,
+        r#"{{"split": {split}, "count": {count}, "merge": {merge}, "encode": {large}, "encode, 2,048 tokens": {small}, "hash": "{:016x}"}}"#,
         hash.finish()
     );
     Ok(())

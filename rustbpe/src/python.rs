@@ -7,6 +7,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
+use std::time::{Duration, Instant};
 
 // [pyclass]
 impl From<Error> for PyErr {
@@ -227,7 +228,10 @@ impl StreamDecoder {
 // [/stream]
 
 // [learn]
-/// Train without the GIL, but every 256 merges let Python look at its signals.
+/// So often, while it trains without the GIL, Python may look at its signals.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Train without the GIL, but now and then let Python look at its signals.
 fn learn(
     py: Python<'_>,
     trainer: Trainer,
@@ -235,6 +239,7 @@ fn learn(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Pair>> {
     let mut raised = Ok(());
+    let mut next = Instant::now();
     let look = |merges: usize| {
         Python::attach(|py| {
             py.check_signals()?;
@@ -248,8 +253,9 @@ fn learn(
     };
     let merges = py.detach(|| {
         trainer.train_with(vocab_size, |merges| {
-            if merges % 256 == 0 {
+            if Instant::now() >= next {
                 raised = look(merges);
+                next = Instant::now() + LOOK;
             }
             raised.is_ok()
         })

@@ -331,7 +331,7 @@ impl Trainer {
     }
 
     /// Every chunk with a pair in it. Sorted, so that the words of a pair, which share
-    /// letters, are near each other in memory: the merges take a sixth less time.
+    /// letters, are near each other in memory: on 28 MB the merges take a tenth less time.
     fn words(self) -> Result<Words> {
         // A number whose highest byte is the chunk's first is in the alphabet's order.
         let short = self.counts.short.iter().map(|(key, n)| (key.swap_bytes(), n));
