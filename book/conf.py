@@ -52,7 +52,8 @@ nb_render_markdown_format = "myst"
 def fingerprint() -> str:
     "Hash what a notebook's outputs depend on besides its own cells."
     digest = hashlib.sha256()
-    for folder, pattern in [("nanochat", "*.py"), ("rustbpe/src", "*.rs")]:
+    sources = [("nanochat", "*.py"), ("rustbpe/src", "*.rs")]
+    for folder, pattern in [*sources, ("dev/records", "*.*"), ("book/widgets", "*")]:
         for file in sorted((ROOT / folder).rglob(pattern)):
             digest.update(file.read_bytes())
     manifest = ROOT / "nanochat" / "data" / "manifest.json"
