@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from graphlib import CycleError, TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +131,32 @@ def imports_follow_the_chapters() -> list[str]:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         problems.append("cycle: " + " -> ".join(error.args[1]))
+    return problems
+
+
+def every_import_is_declared() -> list[str]:
+    "What package and scripts import when they are loaded, a plain install brings along."
+    core = lambda dist: [
+        re.match(r"[\w-]+", requirement)[0].lower()
+        for requirement in metadata.requires(dist) or []
+        if "extra ==" not in requirement
+    ]
+    brought = {*core("nanochat")}
+    brought |= {name for dist in core("nanochat") for name in core(dist)}
+    ours, problems = {"nanochat", "rustbpe", "scripts"}, []
+    homes = metadata.packages_distributions()
+    for file in [*modules().values(), *(ROOT / "scripts").glob("*.py")]:
+        loaded = ast.parse(file.read_text("utf-8")).body
+        nodes = [x for x in loaded if isinstance(x, (ast.Import, ast.ImportFrom))]
+        found = {a.name for x in nodes if isinstance(x, ast.Import) for a in x.names}
+        found |= {
+            x.module for x in nodes if isinstance(x, ast.ImportFrom) and not x.level
+        }
+        for module in {x.split(".")[0] for x in found} - ours - sys.stdlib_module_names:
+            if not {x.lower() for x in homes.get(module, [])} & brought:
+                problems.append(
+                    f"{file.relative_to(ROOT)} imports {module}: declare it"
+                )
     return problems
 
 
@@ -282,6 +309,7 @@ def the_code_stays_small() -> list[str]:
 CHECKS = [
     export_is_clean,
     imports_follow_the_chapters,
+    every_import_is_declared,
     every_exported_line_is_printed,
     every_character_has_a_glyph,
     bibliography_is_sound,
