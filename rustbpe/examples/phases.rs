@@ -37,7 +37,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (encode, done) = seconds(|| docs.iter().try_for_each(each));
         done.map(|()| encode)
     };
-    let (large, small) = (encode(&merges)?, encode(&merges[..merges.len().min(2048 - 256)])?);
+    let (large, small) =
+        (encode(&merges)?, encode(&merges[..merges.len().min(2048 - 256)])?);
     let mut hash = DefaultHasher::new();
     (chunks?, ids).hash(&mut hash);
     println!(
