@@ -1,14 +1,18 @@
-"""The chat page in a real browser: send, stream, stop, themes, narrow screens, errors."""
+"""In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
+and the widgets of chapter 3."""
 
+import json
 import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+import regex
 from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from test_server import SlowEngine, serve
 
+from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
 from nanochat.engine import Engine
 from nanochat.server import load_chat_model
@@ -172,3 +176,55 @@ def test_errors_are_shown(page):
     send(page, "Is anybody there?")
     sync_api.expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
     sync_api.expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+WIDGETS = Path(__file__).resolve().parents[1] / "book" / "widgets"
+SIGNS = str.maketrans({" ": "␣", "\t": "→", "\n": "↵"})
+CONTRACTION = "'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])"
+RULES = [CONTRACTION, *SPLIT_PATTERN.split(")|", 1)[1].split("|")]
+RULES = [rule.replace("?+", "?").replace("++", "+") for rule in RULES]
+TEXTS = [
+    "She'll pay\t7 or 1234 $ (maybe)...\n\n  \n    if x:",
+    "naïve 🙂 안녕, DON'T  stop — 3½ e\u0301",
+    "   ",
+    "",
+]
+
+
+def show_widget(page, name: str, data: dict) -> None:
+    html = (WIDGETS / name).read_text("utf-8")
+    page.set_content(html.replace("DATA", json.dumps(data)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_split_widget_cuts_as_python_does(page, text):
+    show_widget(page, "split.html", {"text": "", "rules": [[r, r] for r in RULES]})
+    page.locator("textarea").fill(text)
+    shown = page.locator(".chunks code").all_text_contents()
+    assert shown == [c.translate(SIGNS) for c in regex.findall(SPLIT_PATTERN, text)]
+
+
+def test_split_widget_strikes_out_what_nothing_matches(page):
+    rules = [[rule, rule] for rule in RULES]
+    show_widget(page, "split.html", {"text": "go 12!", "rules": rules})
+    page.locator("input").nth(2).uncheck()
+    lost = page.locator(".chunks code[title='matched by nothing']")
+    assert lost.all_text_contents() == ["12"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_merges_widget_ends_with_the_tokens(page, text):
+    tokenizer = tiny_tokenizer()
+    tokens = [token.decode("latin-1") for token in tokenizer.ranks]
+    data = {"text": "", "pattern": "|".join(RULES), "tokens": tokens}
+    show_widget(page, "merges.html", data)
+    page.locator("input[type=text]").fill(text)
+    text = page.locator("input[type=text]").input_value()  # has no line ends
+    assert page.locator(".tokens code").count() == len(text.encode())
+    slider = page.locator("input[type=range]")
+    slider.fill(slider.get_attribute("max"))
+    shown = page.locator(".tokens code").all_text_contents()
+    expected = [tokenizer.id_to_token(i) for i in tokenizer.encode(text)]
+    assert len(shown) == len(expected)
+    whole = [(a, b) for a, b in zip(shown, expected) if "\ufffd" not in b]
+    assert all(a == b.translate(SIGNS) for a, b in whole)
