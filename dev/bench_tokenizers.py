@@ -308,4 +308,7 @@ if __name__ == "__main__":
         else:
             print(json.dumps(measure(rival, task, Path(folder))))
     else:
-        main(options.data, options.repeats, options.record)
+        try:
+            main(options.data, options.repeats, options.record)
+        except ValueError as error:  # no text there
+            parser.error(str(error))

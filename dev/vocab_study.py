@@ -1,6 +1,6 @@
 """Which vocabulary serves a small model best? Bits per byte at equal compute.
 
-python dev/vocab_study.py dev/records/vocab_study.json     a quarter of an hour on two cores
+python dev/vocab_study.py --record dev/records/vocab_study.json     a quarter of an hour on two cores
 
 For each size: the tokenizer is trained with `scripts.tok_train`, then models of depth 2 with
 `scripts.base_train`, from several seeds. All runs get the same number of floating-point
@@ -8,6 +8,7 @@ operations, so a larger vocabulary, whose head costs more, takes fewer steps. Th
 validation split is the test in every case.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -76,4 +77,6 @@ def main(record: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", required=True, help="JSON file for the results")
+    main(parser.parse_args().record)
