@@ -1,11 +1,13 @@
-"""Hooks of nbdev that the stock tool lacks.
+"""Hooks of nbdev that the stock tool lacks, and the widgets of the chapters.
 
 The only module that no notebook exports: authors need it, nothing imports it at run time.
 """
 
+import json
 from pathlib import Path
 
 from fastcore.docments import MarkdownRenderer
+from IPython.display import HTML
 from nbdev.config import get_config
 
 _seen = set()
@@ -49,3 +51,9 @@ class BookRenderer(MarkdownRenderer):
 
     def _repr_markdown_(self):
         return f"**`{self.nm}`**\n\n" + super()._repr_markdown_()
+
+
+def widget(name: str, data: dict) -> HTML:
+    "Fill a page of `book/widgets` with data. Paper leaves it out."
+    page = Path("../book/widgets", name).read_text("utf-8")
+    return HTML(page.replace("DATA", json.dumps(data).replace("</", "<\\/")))
