@@ -35,7 +35,7 @@ from nanochat.train import accumulate
 
 BASE = {"sequence_len": 256, "vocab_size": 2048, "n_layer": 4, "n_head": 4}
 BASE |= {"n_kv_head": 4, "n_embd": 128}
-ROWS, STEPS, SEEDS = 8, 200, (1, 2, 3)  # 2,048 tokens a step
+ROWS, STEPS, SEEDS = 8, 120, (1, 2, 3)  # 2,048 tokens a step
 FACTORS = (0.5, 1.0, 2.0)
 
 

@@ -62,7 +62,10 @@ def walk_rows(
         if grads:
             dz = logits_gradient(logp, bend, target, share[rows, None]).to(x.dtype)
             dx[rows] = dz @ w
-            dw += dz.T @ x[rows]
+            if dz.dtype == dw.dtype:
+                dw.addmm_(dz.T, x[rows])  # one pass over dw less
+            else:
+                dw += dz.T @ x[rows]
     return losses.masked_fill_(targets == -1, 0), dx, dw
 
 # %% ../nbs/04_transformer_architecture.ipynb #3c7ee4e4
