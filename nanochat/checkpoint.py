@@ -145,10 +145,8 @@ def fit_weights(
         if found.get(name) != wanted.get(name)
     ]
     if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise UserError(
-            f"{path} does not fit this model: " + "; ".join(wrong[:10] + more)
-        )
+        wrong[10:] = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise UserError(f"{path} does not fit this model: {'; '.join(wrong)}")
     model.load_state_dict(weights)
 
 

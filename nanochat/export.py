@@ -63,12 +63,9 @@ def hf_config(
     eos: int,  # id of <|assistant_end|>
 ) -> dict:
     "Describe the architecture in transformers' words."
-    known = {*FIELDS, "rope_base"}
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    plain = vars(type(config)())
-    if odd := [
-        f"{k}={v!r}" for k, v in values.items() if v != plain[k] and k not in known
-    ]:
+    values, plain = vars(config), vars(type(config)())
+    others = [f.name for f in fields(config) if f.name not in {*FIELDS, "rope_base"}]
+    if odd := [f"{k}={values[k]!r}" for k in others if values[k] != plain[k]]:
         raise UserError(f"transformers' NanoChat has no {', '.join(odd)}: not exported")
     return {theirs: values[ours] for ours, theirs in FIELDS.items()} | {
         "architectures": ["NanoChatForCausalLM"],

@@ -61,9 +61,7 @@ def config_from_hf(
     asked = {k: v for k, v in record.items() if v and k not in HARMLESS}
     asked["rope_parameters"] = rope
     if odd := [f"{k}={v!r}" for k, v in asked.items() if v != again.get(k)]:
-        raise UserError(
-            f"{path} asks for {', '.join(odd)}: our model has no such thing"
-        )
+        raise UserError(f"{path} asks for {', '.join(odd)}, which our model lacks")
     return config
 
 # %% ../nbs/08_implementation_details.ipynb #cec2d5e9
@@ -79,29 +77,26 @@ def tokenizer_from_hf(
         ids = {token["content"]: token["id"] for token in record["added_tokens"]}
         vocab = {t: i for t, i in model["vocab"].items() if t not in ids}
         ranks = [bytes(byte_of[c] for c in t) for t in sorted(vocab, key=vocab.get)]
-        pattern, special = (
-            steps[0]["pattern"]["Regex"],
-            {n: ids[n] for n in SPECIAL_TOKENS},
-        )
+        special = {name: ids[name] for name in SPECIAL_TOKENS}
+        pattern = steps[0]["pattern"]["Regex"]
         tokenizer = RustBPETokenizer(ranks, pattern, special)
-        ours = hf_tokenizer(tokenizer)
         merges = {(a, b): vocab[a + b] for a, b in model["merges"]}
-        order = list(merges.values())
-        needed = {tuple(pair) for pair in ours["model"]["merges"]}
-        split = plain(steps) == plain(ours["pre_tokenizer"]["pretokenizers"])
+        split = plain(steps)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no tokenizer of our kind ({error!r})") from None
+    ours, order = hf_tokenizer(tokenizer), list(merges.values())
+    needed = {tuple(pair) for pair in ours["model"]["merges"]}
+    known = pattern in rustbpe.PATTERNS.values()
     same = {
         "normalizer": not record.get("normalizer"),
         "special tokens": ids == special,
-        "pre_tokenizer": split and pattern in rustbpe.PATTERNS.values(),
+        "pre_tokenizer": known
+        and split == plain(ours["pre_tokenizer"]["pretokenizers"]),
         "vocab": vocab == ours["model"]["vocab"],
         "merges": needed <= merges.keys() and order == sorted(order),
     }
     if wrong := [part for part, agrees in same.items() if not agrees]:
-        raise UserError(
-            f"{path} would give other ids here, because of: {', '.join(wrong)}"
-        )
+        raise UserError(f"{path} gives other ids than ours: {', '.join(wrong)} differ")
     return tokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #4e99133e
@@ -137,9 +132,7 @@ def read_nanochat(
         state = {n.removeprefix("_orig_mod."): w.float() for n, w in state.items()}
     except Exception as error:  # a damaged or hostile file may raise anything
         why = str(error).split(". ")[0].strip() or type(error).__name__
-        raise UserError(
-            f"{file} holds no weights, or more than weights: {why}"
-        ) from None
+        raise UserError(f"{file} holds no weights, or more: {why}") from None
     homes = [folder, folder.resolve().parent.parent / "tokenizer"]
     places = [home / "tokenizer.pkl" for home in homes]
     found = next((place for place in places if place.exists()), places[0])

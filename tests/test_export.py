@@ -95,6 +95,14 @@ def copy(folder, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty base folder."
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("NANOCHAT_PRESET", "cpu")
+    return tmp_path / "home"
+
+
 # ---- (a) from us to transformers
 
 
@@ -410,12 +418,12 @@ def test_d_a_missing_shard_is_named(copy):
         load_foreign(copy)
 
 
-def test_d_our_own_checkpoints_are_as_strict(base_dir):
+def test_d_our_own_checkpoints_are_as_strict(home):
     model = random_model()
-    path = save(base_dir / "base_checkpoints" / "d3", 1, model)
+    path = save(home / "base_checkpoints" / "d3", 1, model)
     with pytest.raises(UserError, match=r"h.2.mlp.c_proj.weight: found .*wanted none"):
         load_weights(random_model(n_layer=2), path)
-    tiny_tokenizer().save(base_dir / "tokenizer")
+    tiny_tokenizer().save(home / "tokenizer")
     edit(path / "meta.json", model_config=asdict(model.config) | {"window": "SL"})
     with pytest.raises(UserError, match=r"window='SL'.*that version"):
         load_model("base", torch.device("cpu"))
@@ -435,7 +443,6 @@ def command(script: str, *flags: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", f"scripts.{script}", *flags],
         cwd=ROOT,
-        env=os.environ | {"NANOCHAT_PRESET": "cpu"},
         capture_output=True,
         text=True,
     )
@@ -443,19 +450,19 @@ def command(script: str, *flags: str) -> str:
     return done.stdout
 
 
-def test_e_import_then_chat(base_dir, tmp_path):
+def test_e_import_then_chat(home, tmp_path):
     other = nanochat_folder(tmp_path / "nanochat", random_model("mha"))
     assert "chat_cli" in command("import_model", f"--folder={other}")
     assert command("chat_cli", "-p", "hi", "--max-tokens=4", "--temperature=0")
 
 
-def test_e_another_tokenizer_is_kept(base_dir, folder):
+def test_e_another_tokenizer_is_kept(home, folder):
     model, tokenizer = load_foreign(folder)
     other = type(tokenizer)(tokenizer.ranks[:300])
-    other.save(base_dir / "tokenizer")
+    other.save(home / "tokenizer")
     with pytest.raises(UserError, match="another tokenizer"):
         adopt(model, tokenizer)
-    assert not (base_dir / "sft_checkpoints").exists()
+    assert not (home / "sft_checkpoints").exists()
     path = adopt(model, tokenizer, overwrite=True)
     assert path == find_checkpoint("sft") and path.parent.name == "d3"
     loaded, tokenizer, meta = load_model("sft", torch.device("cpu"))
@@ -477,9 +484,7 @@ def test_e_another_tokenizer_is_kept(base_dir, folder):
         ("", "--folder"),
     ],
 )
-def test_e_wrong_folders_give_one_line(
-    base_dir, copy, monkeypatch, capsys, kind, message
-):
+def test_e_wrong_folders_give_one_line(home, copy, monkeypatch, capsys, kind, message):
     removed = {"without tokenizer": "tokenizer.json", "without config": "config.json"}
     if kind == "damaged":
         (copy / "model.safetensors").write_bytes(b"nonsense")
@@ -489,11 +494,10 @@ def test_e_wrong_folders_give_one_line(
         copy = copy / kind
     if kind == "empty":
         copy.mkdir()
-    monkeypatch.setenv("NANOCHAT_PRESET", "cpu")
     monkeypatch.setattr(sys, "argv", ["x", f"--folder={copy if kind else ''}"])
     with pytest.raises(SystemExit) as exit:
         run_cli(import_model.main, import_model.ImportModelConfig, "import_model")
     text = capsys.readouterr().err
     assert exit.value.code == 2 and message in text
     assert text.startswith("error: ") and len(text.splitlines()) == 1
-    assert not (base_dir / "sft_checkpoints").exists()
+    assert not (home / "sft_checkpoints").exists()
