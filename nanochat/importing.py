@@ -96,7 +96,7 @@ def tokenizer_from_hf(
         "merges": needed <= merges.keys() and order == sorted(order),
     }
     if wrong := [part for part, agrees in same.items() if not agrees]:
-        raise UserError(f"{path} gives other ids than ours: {', '.join(wrong)} differ")
+        raise UserError(f"{path} gives other ids: not our {', '.join(wrong)}")
     return tokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #4e99133e
@@ -131,7 +131,7 @@ def read_nanochat(
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = {n.removeprefix("_orig_mod."): w.float() for n, w in state.items()}
     except Exception as error:  # a damaged or hostile file may raise anything
-        why = str(error).split(". ")[0].strip() or type(error).__name__
+        why = str(error.__context__ or error).split(". ")[0]  # torch's advice is unsafe
         raise UserError(f"{file} holds no weights, or more: {why}") from None
     homes = [folder, folder.resolve().parent.parent / "tokenizer"]
     places = [home / "tokenizer.pkl" for home in homes]

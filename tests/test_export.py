@@ -359,7 +359,7 @@ def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
         (folder / victim).write_bytes(pickle.dumps(Attack(mark)))
     else:
         torch.save({"lm_head.weight": Attack(mark)}, folder / victim)
-    with pytest.raises(UserError, match=victim):
+    with pytest.raises(UserError, match=rf"{victim}.*mkdir"):
         load_foreign(folder)
     assert not mark.exists()
     if victim == "tokenizer.pkl":  # it would have
