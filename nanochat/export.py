@@ -71,6 +71,7 @@ def hf_config(
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
         "intermediate_size": config.mlp_ratio * config.n_embd,
+        "final_logit_softcapping": config.softcap or None,
         "hidden_act": "relu2",
         "rms_norm_eps": torch.finfo(torch.float32).eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},

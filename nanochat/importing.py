@@ -48,11 +48,13 @@ def config_from_hf(
         raise UserError(f"{path} describes a model of type {kind!r}, not 'nanochat'")
     rope = {"rope_type": "default", "rope_theta": record.get("rope_theta", 10_000.0)}
     rope |= record.get("rope_parameters") or {}
-    number = lambda v: isinstance(v, (int, float)) and v > 0
+    number = lambda v: isinstance(v, (int, float)) and v >= 0
     sizes = {ours: record.get(theirs) for ours, theirs in FIELDS.items()}
+    if "final_logit_softcapping" in record:  # null switches it off there, 0 here
+        sizes["softcap"] = sizes["softcap"] or 0
     if empty := [FIELDS[k] for k, v in sizes.items() if not number(v)]:
         raise UserError(f"{path} gives no {', '.join(empty)}: a nanochat needs it")
-    sizes["mlp_ratio"] //= sizes["n_embd"]
+    sizes["mlp_ratio"] //= max(1, sizes["n_embd"])
     config = checkpoint.read_config(sizes | {"rope_base": rope["rope_theta"]}, path)
     again = hf_config(config, 0, 0) | {"head_dim": config.n_embd // config.n_head}
     if record.get("rms_norm_eps", 1e-6) == 1e-6:

@@ -37,7 +37,7 @@ def roles(
 ) -> list[str]:  # every role that fits; a trainable model has exactly one
     "Name the optimizer groups that claim a parameter."
     claims = {
-        "embedding": name == "transformer.wte.weight",
+        "embedding": name == "transformer.wte.weight" or "value_embeds." in name,
         "unembedding": name == "lm_head.weight",
         "matrix": name.startswith("transformer.h.") and weight.ndim == 2,
         "scalar": weight.ndim < 2,

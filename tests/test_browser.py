@@ -1,7 +1,8 @@
 """In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
-and the widgets of chapter 3."""
+and the widgets of chapters 2 and 3."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import regex
+import torch
 from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from test_server import SlowEngine, serve
 
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
 from nanochat.engine import Engine
+from nanochat.functional import sample_next
 from nanochat.server import load_chat_model
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -228,3 +231,90 @@ def test_merges_widget_ends_with_the_tokens(page, text):
     assert len(shown) == len(expected)
     whole = [(a, b) for a, b in zip(shown, expected) if "\ufffd" not in b]
     assert all(a == b.translate(SIGNS) for a, b in whole)
+
+
+HEATS = ["0", "1e-7", "1e-5", "0.02", "0.37", "1", "2.5", "40", "100000"]
+LOGITS = [2.0, 1.0, 0.0, -1.0, 0.999, -7.5]
+
+
+def probabilities(logits: list, temperature: float, top_k: int) -> torch.Tensor:
+    "What `sample_next` draws from, in float64."
+    z = torch.tensor(logits, dtype=torch.float64)
+    if temperature < 1e-6:
+        return torch.eye(len(z), dtype=z.dtype)[z.argmax()]
+    kept = torch.full_like(z, -math.inf)
+    best = z.topk(top_k).indices
+    kept[best] = (z[best] - z.max()) / temperature
+    return kept.softmax(-1)
+
+
+def check_temperature(page, logits: list, temperature: float, top_k: int) -> None:
+    "Compare the bars and the two numbers of the widget with Python's."
+    bars = page.locator(".bar").evaluate_all(
+        "bars => bars.map(b => [+b.dataset.p, parseFloat(b.style.width) / 100])"
+    )
+    shown, width = torch.tensor(bars, dtype=torch.float64).T
+    p = probabilities(logits, temperature, top_k)
+    torch.testing.assert_close(shown, p, rtol=0, atol=1e-12)
+    torch.testing.assert_close(width, p, rtol=0, atol=1e-5)
+    bits = torch.special.entr(p).sum().item() / math.log(2)
+    assert float(page.locator(".bits").inner_text()) == pytest.approx(bits, abs=6e-4)
+    choices = float(page.locator(".choices").inner_text())
+    assert choices == pytest.approx(2**bits, abs=6e-3)
+
+
+def show_temperature(page) -> None:
+    names = [*"abcdef"]
+    examples = [{"name": "one", "tokens": names, "logits": LOGITS}]
+    examples += [{"name": "two", "tokens": names[:2], "logits": [0.0, 0.0]}]
+    show_widget(page, "temperature.html", {"examples": examples})
+
+
+@pytest.mark.parametrize("temperature", HEATS)
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_temperature_widget_computes_what_python_does(page, temperature, top_k):
+    show_temperature(page)
+    page.get_by_label("Tokens kept, top-k").fill(str(top_k))
+    page.get_by_label("Temperature", exact=True).fill(temperature)
+    check_temperature(page, LOGITS, float(temperature), top_k)
+
+
+def test_temperature_widget_draws_from_what_sample_next_draws():
+    z, dice = torch.tensor(LOGITS), torch.Generator().manual_seed(0)
+    for temperature, top_k in [(0.37, 6), (2.5, 3)]:
+        drawn = sample_next(z.expand(40_000, 6), temperature, top_k, dice).flatten()
+        share = torch.bincount(drawn, minlength=6).double() / len(drawn)
+        p = probabilities(LOGITS, temperature, top_k)
+        torch.testing.assert_close(share, p, rtol=0, atol=0.015)
+
+
+def test_temperature_widget_by_keyboard(page):
+    show_temperature(page)
+    page.get_by_label("Logit of b").focus()
+    for _ in range(15):
+        page.keyboard.press("ArrowRight")
+    moved = [*LOGITS]
+    moved[1] = 2.5
+    check_temperature(page, moved, 1.0, 6)
+    page.get_by_label("Temperature, logarithmic").focus()
+    page.keyboard.press("End")
+    check_temperature(page, moved, 100.0, 6)
+    page.keyboard.press("Home")
+    check_temperature(page, moved, 0.01, 6)
+    page.get_by_role("button", name="Reset").press("Enter")
+    check_temperature(page, LOGITS, 1.0, 6)
+    page.get_by_label("Logits to start from").select_option("two")
+    check_temperature(page, [0.0, 0.0], 1.0, 2)
+    page.get_by_label("Temperature", exact=True).fill("0")
+    check_temperature(page, [0.0, 0.0], 0.0, 2)
+
+
+def test_temperature_widget_refuses_what_sample_next_refuses(page):
+    show_temperature(page)
+    field = page.get_by_label("Temperature", exact=True)
+    for wrong in ("-1", ""):
+        field.fill(wrong)
+        sync_api.expect(page.locator(".sum")).to_contain_text("0 (greedy) or more")
+        assert field.get_attribute("aria-invalid") == "true"
+    field.fill("1")
+    check_temperature(page, LOGITS, 1.0, 6)

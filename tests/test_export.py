@@ -117,13 +117,15 @@ def test_every_weight_arrives(folder):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_transformers_computes_the_same_logits(tmp_path, kind):
-    for changes in ({}, {"rope_base": 1e5, "softcap": 20.0, "mlp_ratio": 3}):
+    other = {"rope_base": 1e5, "softcap": 20.0, "mlp_ratio": 3}
+    for changes in ({}, other, {"softcap": 0}):
         ours = random_model(kind, **changes)
         export_hf(ours, tiny_tokenizer(), tmp_path)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(theirs).__name__ == "NanoChatForCausalLM"
         assert theirs.dtype == torch.float32
         check_same_logits(theirs, ours)
+        check_same_logits(theirs, load_foreign(tmp_path)[0])
 
 
 def test_a_transformers_generates_the_same(folder):
@@ -172,6 +174,11 @@ def test_a_chat_template_gives_the_same_ids(folder, length):
 
 
 def test_a_what_transformers_cannot_express_is_refused(tmp_path):
+    later = {"window_pattern": "SL", "value_embeds": True, "qk_scale": 1.2}
+    for name, value in later.items():
+        with pytest.raises(UserError, match=f"{name}={value!r}"):
+            export_hf(random_model(**{name: value}), tiny_tokenizer(), tmp_path)
+
     @dataclass(frozen=True)
     class Later(GPTConfig):
         window: str = "L"
@@ -235,7 +242,8 @@ def test_b_older_spellings_are_read(copy):
         ({"attention_bias": True}, "attention_bias=True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_act": "silu", "new_gate": 3}, "hidden_act='silu', new_gate=3"),
-        ({"final_logit_softcapping": None}, "no final_logit_softcapping"),
+        ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
+        ({"hidden_size": 0}, "describes no model"),
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
         ({"intermediate_size": 500}, "intermediate_size=500"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),

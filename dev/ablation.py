@@ -1,0 +1,335 @@
+"""What is each choice of the architecture worth? Bits per byte at equal tokens.
+
+python dev/ablation.py --record dev/records/ablation.json        about two hours on two cores
+
+The default model, the same with one choice of the guide's era exchanged, and the same with one
+later idea switched on: same text in the same order, same number of tokens. Each variant gets
+the best of three or more learning rates (a factor on all rates), found with one seed, and is then
+trained from two more. Speed and memory are measured afterwards, variants taking turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat import attention, gpt, optim
+from nanochat.common import environment
+from nanochat.dataloader import batches
+from nanochat.functional import rms_norm
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train import accumulate
+
+BASE = {"sequence_len": 256, "vocab_size": 2048, "n_layer": 4, "n_head": 4}
+BASE |= {"n_kv_head": 4, "n_embd": 128}
+ROWS, STEPS, SEEDS = 8, 200, (1, 2, 3)  # 2,048 tokens a step
+FACTORS = (0.5, 1.0, 2.0)
+
+
+# ---- Choices exchanged. Each function changes a model before it is initialised.
+
+
+class Positioned(nn.Embedding):
+    "A token table with a learned vector for each position."
+
+    def __init__(self, rows: int, width: int, length: int):
+        super().__init__(rows, width)
+        self.places = nn.Parameter(torch.empty(length, width))
+
+    def forward(self, idx):
+        return super().forward(idx) + self.places[: idx.size(1)]
+
+
+class SwiGLU(nn.Module):
+    "The gated MLP, with a hidden width that keeps the number of weights."
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        hidden = round(config.mlp_ratio * config.n_embd * 2 / 3)
+        self.c_gate = attention.Linear(config.n_embd, hidden)
+        self.c_fc = attention.Linear(config.n_embd, hidden)
+        self.c_proj = attention.Linear(hidden, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+class TiedHead(nn.Module):
+    "A head that uses the token table."
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = [table]  # hidden from parameters()
+
+    @property
+    def weight(self):
+        return self.table[0].weight
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def learned_positions(model):
+    attention.apply_rotary = lambda x, cos, sin: x
+    c = model.config
+    model.transformer.wte = Positioned(c.table_rows, c.n_embd, c.sequence_len)
+
+
+def layer_norm(model):
+    gpt.rms_norm = lambda x: F.layer_norm(x, (x.size(-1),))
+
+
+def no_qk_norm(model):
+    attention.rms_norm = lambda x: x
+
+
+def gelu(model):
+    gpt.relu2 = F.gelu
+
+
+def swiglu(model):
+    for block in model.transformer.h:
+        block.mlp = SwiGLU(model.config)
+
+
+def tied(model):
+    model.lm_head = TiedHead(model.transformer.wte)
+
+
+def no_zeros(model):
+    model.zeros = False
+
+
+def post_norm(model):
+    def forward(self, x, cos, sin, kv_cache=None, extra=None):
+        x = rms_norm(x + self.attn(x, cos, sin, kv_cache, extra))
+        return rms_norm(x + self.mlp(x))
+
+    gpt.Block.forward = forward
+
+
+VARIANTS = {  # name: (fields of the config, function that exchanges a choice)
+    "default": ({}, None),
+    "learned positions": ({}, learned_positions),
+    "LayerNorm": ({}, layer_norm),
+    "no QK norm": ({}, no_qk_norm),
+    "GELU": ({}, gelu),
+    "SwiGLU": ({}, swiglu),
+    "tied head": ({}, tied),
+    "no softcap": ({"softcap": 0.0}, None),
+    "no zero init": ({}, no_zeros),
+    "post-norm": ({}, post_norm),
+    "GQA, 2 of 4": ({"n_kv_head": 2}, None),
+    "MQA, 1 of 4": ({"n_kv_head": 1}, None),
+    "sliding windows": ({"window_pattern": "SSSL"}, None),
+    "value embeddings": ({"value_embeds": True}, None),
+    "stream scalars": ({"stream_scalars": True}, None),
+    "q and k times 1.2": ({"qk_scale": 1.2}, None),
+    "RoPE base 1,000": ({"rope_base": 1000.0}, None),
+    "RoPE base 100,000": ({"rope_base": 100_000.0}, None),
+    "modern": (gpt.PRESETS["modern"], None),
+}
+
+
+def fresh_model(name: str, seed: int) -> GPT:
+    "Build a variant in this process, which it may change for good."
+    fields, exchange = VARIANTS[name]
+    model = GPT(GPTConfig(**BASE | fields))
+    if exchange:
+        exchange(model)
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in model.named_parameters():
+        gpt.initialize(
+            key if "places" not in key else "transformer.wte.weight", weight, generator
+        )
+        if not getattr(model, "zeros", True) and not weight.any():
+            weight.data.normal_(std=weight.size(-1) ** -0.5, generator=generator)
+        if name == "tied head" and key == "transformer.wte.weight":
+            weight.data.mul_(0.02)
+    return model
+
+
+def optimizer_of(model: GPT, name: str, factor: float):
+    "Set the optimizer up with all rates times a factor."
+    known = optim.roles
+    optim.roles = lambda n, p: ["embedding"] if n.endswith("places") else known(n, p)
+    rates = optim.OptimConfig()
+    embedding = 0.01 if name == "tied head" else rates.embedding_lr
+    scaled = {k: v * factor for k, v in asdict(rates).items() if k.endswith("_lr")}
+    config = optim.OptimConfig(**scaled | {"embedding_lr": embedding * factor})
+    return optim.setup_optimizer(model, config)
+
+
+def train_one(name: str, seed: int, factor: float, folder: str, steps: int) -> dict:
+    "Train a variant and measure it on the whole validation split."
+    tokenizer = RustBPETokenizer.from_directory(folder)
+    model = fresh_model(name, seed)
+    optimizer = optimizer_of(model, name, factor)
+    T, cpu = BASE["sequence_len"], torch.device("cpu")
+    stream = batches(tokenizer, "train", ROWS, T, cpu, 1, None, "embedded")
+    for step in range(steps):
+        accumulate(model, [next(stream)])
+        rate = optim.lr_scale(step, steps, warmdown=0.4)
+        optimizer.step(rate, optim.muon_momentum(step, steps=steps // 2))
+        optimizer.zero_grad()
+    held_out = batches(tokenizer, "val", ROWS, T, cpu, 1, None, "embedded")
+    bits = evaluate_bpb(model, held_out, 40, tokenizer.token_bytes())
+    return {"name": name, "seed": seed, "factor": factor, "steps": steps, "bpb": bits}
+
+
+# ---- The driver: one process for each run, two at a time
+
+
+def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
+    "Train in a process of its own; a run that was done before is looked up."
+    log = Path(folder) / "runs.jsonl"
+    done = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    wanted = {"name": name, "seed": seed, "factor": factor, "steps": steps}
+    for row in done:
+        if wanted.items() <= row.items():
+            return row["bpb"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = [name, str(seed), str(factor), folder, str(steps)]
+    command = [sys.executable, __file__, "--job", *job]
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    if out.returncode:
+        raise SystemExit(out.stderr[-2000:])
+    row = json.loads(out.stdout.splitlines()[-1])
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+    return row["bpb"]
+
+
+def tune(name: str, folder: str) -> dict:
+    "Find a variant's best factor with the first seed, then train the other seeds."
+    tried = {f: run(name, SEEDS[0], f, folder, STEPS) for f in FACTORS}
+    while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
+        further = best / 2 if best == min(tried) else best * 2
+        tried[further] = run(name, SEEDS[0], further, folder, STEPS)
+    bits = [run(name, seed, best, folder, STEPS) for seed in SEEDS]
+    return {"name": name, "factor": best, "tried": tried, "bpb": bits}
+
+
+def speeds(names: list[str], repeat: int = 9) -> dict[str, dict]:
+    "Measure a training step of each variant, taking turns; and its peak memory."
+    out = {name: {"seconds": []} for name in names}
+    for _ in range(repeat):
+        for name in names:
+            command = [sys.executable, __file__, "--step", name]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            told = subprocess.run(command, env=env, capture_output=True, text=True)
+            row = json.loads(told.stdout.splitlines()[-1])
+            out[name]["seconds"].append(row["seconds"])
+            out[name] |= {k: row[k] for k in ("peak_bytes", "parameters")}
+    return out
+
+
+def one_step(name: str) -> dict:
+    "Time five steps of a variant; count the bytes of one."
+    from torch.profiler import ProfilerActivity, profile
+
+    model = fresh_model(name, 1)
+    optimizer = optimizer_of(model, name, 1.0)
+    ids = torch.randint(2048, (ROWS, 257), generator=torch.Generator().manual_seed(0))
+
+    def step():
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    times = []
+    for _ in range(5):
+        begun = time.process_time()
+        step()
+        times.append(time.process_time() - begun)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        step()
+    events = watch.profiler.kineto_results.events()
+    now = top = 0
+    for event in sorted(
+        (e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        now += event.nbytes()
+        top = max(top, now)
+    count = sum(p.numel() for p in model.parameters())
+    kept = sum(
+        v.nbytes
+        for s in optimizer.parts.values()
+        for st in s.state.values()
+        for v in st.values()
+        if torch.is_tensor(v)
+    )
+    peak = top + 4 * count + kept
+    return {"seconds": min(times), "peak_bytes": peak, "parameters": count}
+
+
+def main(record: str, work: str, only: list[str]) -> None:
+    folder = Path(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer").exists():
+        env = os.environ | {"NANOCHAT_BASE_DIR": work, "NANOCHAT_PRESET": "cpu"}
+        command = [sys.executable, "-m", "scripts.tok_train", "--vocab-size=2048"]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        os.sync()
+    tokens = str(folder / "tokenizer")
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda name: tune(name, tokens), only or list(VARIANTS)))
+    if not record:
+        return
+    costs = speeds([row["name"] for row in rows])
+    usual = statistics.median(costs["default"]["seconds"])
+    for row in rows:
+        cost = costs[row["name"]]
+        pairs = zip(costs["default"]["seconds"], cost["seconds"])
+        row["tokens_per_second"] = ROWS * 256 / statistics.median(cost["seconds"])
+        row["speed"] = statistics.median(a / b for a, b in pairs)
+        row |= {k: cost[k] for k in ("peak_bytes", "parameters")}
+    longer = round(STEPS * next(r["speed"] for r in rows if r["name"] == "modern"))
+    factor = next(r["factor"] for r in rows if r["name"] == "modern")
+    with ThreadPoolExecutor(2) as pool:
+        same_time = list(
+            pool.map(lambda s: run("modern", s, factor, tokens, longer), SEEDS)
+        )
+    facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
+    facts |= {"config": BASE, "rows": ROWS, "steps": STEPS, "seeds": SEEDS}
+    facts |= {"seconds_of_a_step": usual, "preset": gpt.PRESETS["modern"]}
+    facts |= {"modern_at_equal_time": {"steps": longer, "bpb": same_time}}
+    Path(record).write_text(
+        json.dumps(facts | {"rows": rows}, indent=1) + "\n", "utf-8"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", default="", help="JSON file for the results")
+    parser.add_argument(
+        "--work",
+        default=str(Path(tempfile.gettempdir()) / "ablation"),
+        help="folder for tokenizer and finished runs, so that a second call goes on",
+    )
+    parser.add_argument("--only", nargs="*", default=[], help="variants; none: all")
+    parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        name, seed, factor, folder, steps = args.job
+        print(json.dumps(train_one(name, int(seed), float(factor), folder, int(steps))))
+    elif args.step:
+        print(json.dumps(one_step(args.step)))
+    else:
+        main(args.record, args.work, args.only)
