@@ -26,7 +26,8 @@ def precompute_rotary(
 ) -> tuple[Tensor, Tensor]:  # cos, sin: (T, 1, D/2), fp32
     "Tabulate the rotation of every position (Su et al., 2021)."
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    frequency = base ** (-channel / head_dim)
+    # As nanochat rounds it; base**-x differs in its last bit, which grows with position.
+    frequency = 1.0 / base ** (channel / head_dim)
     position = torch.arange(seq_len, dtype=torch.float32, device=device)
     angle = torch.outer(position, frequency)[:, None, :]
     return angle.cos(), angle.sin()

@@ -86,8 +86,8 @@ def relu2(
 # %% ../nbs/02_mathematical_foundations.ipynb #248d934d
 def softcap(
     logits: Tensor,  # any shape, in nats
-    cap: float,  # bound on the result, in nats
+    cap: float,  # bound on the result, in nats; 0: none
 ) -> Tensor:  # same shape, float32, every value between -cap and cap
     "Squash logits smoothly into (-cap, cap)."
     # Cast first: tanh of a half-precision ratio would round the capped value.
-    return cap * torch.tanh(upcast(logits) / cap)
+    return cap * torch.tanh(upcast(logits) / cap) if cap else upcast(logits)

@@ -1,35 +1,193 @@
-"""An exported folder, read back, and by transformers where that is installed."""
+"""Weights travel: to transformers and back, from nanochat's files, and what is refused."""
 
 import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from chat_model import TEXT, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanochat.common import UserError
-from nanochat.export import byte_alphabet, export_hf, recover_merges
+from nanochat.checkpoint import find_checkpoint, load_model, load_weights, save
+from nanochat.common import UserError, run_cli
+from nanochat.engine import Engine
+from nanochat.export import (
+    byte_alphabet,
+    export_hf,
+    hf_config,
+    hf_tokenizer,
+    recover_merges,
+)
+from nanochat.gpt import GPTConfig
+from nanochat.importing import adopt, load_foreign, tokenizer_from_hf
+from nanochat.tokenizer import RustBPETokenizer, to_tiktoken
+from scripts import import_model
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "How many r's are in strawberry? Grüße!"},
-    {"role": "assistant", "content": "Three."},
-    {"role": "user", "content": "And 12 + 30?"},
+ROOT = Path(__file__).parents[1]
+TOOL = [
+    {"type": "text", "text": "Let me see. "},
+    {"type": "python", "text": "12+30"},
+    {"type": "python_output", "text": "42"},
+    {"type": "text", "text": "It is 42."},
 ]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief.\n"},
+    {
+        "role": "user",
+        "content": "  How many r's are in strawberry? Grüße! 日本 🙂 e\u0301",
+    },
+    {"role": "assistant", "content": "Three."},
+    {"role": "user", "content": "And 12 + 30?\n\n"},
+    {"role": "assistant", "content": TOOL},
+    {"role": "user", "content": "{{ messages }} {% if %} <b>&amp;"},
+]
+SHAPES = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+
+
+def random_model(kind: str = "gqa", **changes):
+    "A model of which no matrix is zero."
+    heads, kv_heads = SHAPES[kind]
+    sizes = dict(n_head=heads, n_kv_head=kv_heads, n_embd=128, n_layer=3)
+    model = tiny_model(1, **(sizes | {"sequence_len": 512} | changes))
+    assert all(weight.abs().min() < weight.abs().max() for weight in model.parameters())
+    return model
+
+
+def random_ids(length: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(length)
+    return torch.randint(0, 320, (2, length), generator=dice)
+
+
+def edit(path: Path, **changes) -> None:
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in record.items() if v != "absent"}))
+
+
+@torch.inference_mode()
+def check_same_logits(theirs, ours, atol: float = 1e-5) -> None:
+    for length in (1, 2, 33, ours.config.sequence_len):
+        logits = [model(random_ids(length)) for model in (theirs, ours)]
+        logits = [getattr(z, "logits", z) for z in logits]
+        torch.testing.assert_close(*logits, rtol=0, atol=atol)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return export_hf(tiny_model(), tiny_tokenizer(), tmp_path_factory.mktemp("hf"))
+    return export_hf(random_model(), tiny_tokenizer(), tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    "The exported folder, to be spoilt."
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty base folder."
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("NANOCHAT_PRESET", "cpu")
+    return tmp_path / "home"
+
+
+# ---- (a) from us to transformers
 
 
 def test_every_weight_arrives(folder):
     weights = load_file(folder / "model.safetensors")
-    model = tiny_model()
+    model = random_model()
     assert sum(w.numel() for w in weights.values()) == model.num_params()
     ours = model.transformer.h[1].attn.c_q.weight
     assert torch.equal(weights["model.layers.1.self_attn.q_proj.weight"], ours)
     assert torch.equal(weights["lm_head.weight"], model.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_transformers_computes_the_same_logits(tmp_path, kind):
+    other = {"rope_base": 1e5, "softcap": 20.0, "mlp_ratio": 3}
+    for changes in ({}, other, {"softcap": 0}):
+        ours = random_model(kind, **changes)
+        export_hf(ours, tiny_tokenizer(), tmp_path)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(theirs).__name__ == "NanoChatForCausalLM"
+        assert theirs.dtype == torch.float32
+        check_same_logits(theirs, ours)
+        check_same_logits(theirs, load_foreign(tmp_path)[0])
+
+
+def test_a_transformers_generates_the_same(folder):
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, ours = tiny_tokenizer(), random_model()
+    ends = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
+    prompt = tokenizer.render_conversation({"messages": CONVERSATION})[0]
+    prompt.append(tokenizer.encode_special("<|assistant_start|>"))
+    for ids in ([5], prompt, *([bos] for bos in range(40, 60))):
+        out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)
+        out, naive = out[0, len(ids) :].tolist(), []
+        for token in ours.generate(ids, 40, temperature=0):
+            naive.append(token)
+            if token in ends:
+                break
+        assert out == naive
+    batch = Engine(ours, tokenizer).generate_batch(prompt, max_tokens=8, temperature=0)
+    assert len(batch[0][0]) > len(prompt)
+
+
+def test_a_transformers_tokenizes_the_same(folder):
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    texts = [*TEXT, "  two  spaces\n\n\n12345 l'été I'LL \t x", "日本 naïve ½", ""]
+    texts += [
+        "\r\n \u00a0\u3000\u2028 'ſ 'S",
+        "१२३ Ⅻ x\u0301 \x00\ufeff",
+        "🙂👩‍👩‍👧 a\u200db",
+    ]
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("length", range(2, len(CONVERSATION) + 1))
+def test_a_chat_template_gives_the_same_ids(folder, length):
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    messages = CONVERSATION[:length]
+    expected, _ = ours.render_conversation({"messages": messages})
+    found = theirs.apply_chat_template(messages, return_dict=False)
+    assert found == expected
+    found = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert found == [*expected, ours.encode_special("<|assistant_start|>")]
+
+
+def test_a_what_transformers_cannot_express_is_refused(tmp_path):
+    later = {"window_pattern": "SL", "value_embeds": True, "qk_scale": 1.2}
+    for name, value in later.items():
+        with pytest.raises(UserError, match=f"{name}={value!r}"):
+            export_hf(random_model(**{name: value}), tiny_tokenizer(), tmp_path)
+
+    @dataclass(frozen=True)
+    class Later(GPTConfig):
+        window: str = "L"
+        lambdas: bool = False
+
+    sizes = asdict(random_model().config)
+    assert hf_config(Later(**sizes), 0, 1) == hf_config(GPTConfig(**sizes), 0, 1)
+    with pytest.raises(UserError, match=r"window='SL', lambdas=True"):
+        hf_config(Later(**sizes, window="SL", lambdas=True), 0, 1)
 
 
 def test_merges_rebuild_the_vocabulary():
@@ -45,31 +203,309 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path):
         export_hf(tiny_model(vocab_size=400), tiny_tokenizer(), tmp_path)
 
 
-def test_transformers_computes_the_same_logits(folder):
-    transformers = pytest.importorskip("transformers", "5.0", "needs transformers 5")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    )
-    idx = torch.randint(0, 320, (3, 40), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            theirs(idx).logits, tiny_model()(idx), rtol=1e-4, atol=1e-4
-        )
+# ---- (b) from a Hugging Face folder to us
 
 
-def test_transformers_tokenizes_the_same(folder):
-    transformers = pytest.importorskip("transformers", "5.0", "needs transformers 5")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = tiny_tokenizer()
-    texts = [*TEXT, "  two  spaces\n\n\n12345 l'été I'LL \t x", "日本 naïve ½", ""]
-    for text in texts:
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ids == ours.encode(text)
-        assert theirs.decode(ids) == text
-    rendered = theirs.apply_chat_template(
-        CONVERSATION, add_generation_prompt=True, tokenize=False
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["50GB", "300KB"])
+def test_b_what_transformers_saves_comes_back(tmp_path, kind, dtype, shard):
+    export_hf(random_model(kind), tiny_tokenizer(), tmp_path / "a")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype)
+    theirs.save_pretrained(tmp_path / "b", max_shard_size=shard)
+    AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    index = tmp_path / "b" / "model.safetensors.index.json"
+    assert index.exists() == (shard == "300KB")
+    model, tokenizer = load_foreign(tmp_path / "b")
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    check_same_logits(theirs.float(), model)
+    assert tokenizer.fingerprint() == tiny_tokenizer().fingerprint()
+
+
+def test_b_transformers_epsilon_is_reported(copy):
+    edit(copy / "config.json", rms_norm_eps=1e-6)
+    with pytest.warns(UserWarning, match="rms_norm_eps"):
+        model, _ = load_foreign(copy)
+    theirs = AutoModelForCausalLM.from_pretrained(copy)
+    check_same_logits(theirs, model, atol=1e-4)
+
+
+def test_b_older_spellings_are_read(copy):
+    edit(copy / "config.json", rope_parameters="absent", rope_theta=5e4, qkv_bias=False)
+    assert load_foreign(copy)[0].config.rope_base == 5e4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "'llama'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_act": "silu", "new_gate": 3}, "hidden_act='silu', new_gate=3"),
+        ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
+        ({"hidden_size": 0}, "describes no model"),
+        ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
+        ({"intermediate_size": 500}, "intermediate_size=500"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps=0.001"),
+        ({"head_dim": 64}, "head_dim=64"),
+        ({"num_key_value_heads": 3}, "must divide"),
+        ({"hidden_size": "wide"}, "no hidden_size"),
+        ({"intermediate_size": "absent"}, "no intermediate_size"),
+    ],
+)
+def test_b_other_architectures_are_refused(copy, changes, message):
+    edit(copy / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load_foreign(copy)
+
+
+def test_b_surplus_merges_do_not_matter():
+    letters = [bytes([i]) for i in range(256)]
+    ours = RustBPETokenizer([*letters, b"ab", b"bc", b"abc", b"abcabc"])
+    record = hf_tokenizer(ours)
+    vocab = record["model"]["vocab"]
+    ways = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
+    record["model"]["merges"] = [w for w in ways if w[0] in vocab and w[1] in vocab]
+    assert len(record["model"]["merges"]) == 5  # abc twice
+    path = Path("tokenizer.json")
+    assert tokenizer_from_hf(record, path).fingerprint() == ours.fingerprint()
+
+
+def spoilt_tokenizers():
+    "Yield what is wrong and a function that does it to a tokenizer.json."
+    yield "normalizer", lambda r: r.update(normalizer={"type": "NFC"})
+    yield "pre_tokenizer", lambda r: r["pre_tokenizer"]["pretokenizers"].pop()
+    yield (
+        "pre_tokenizer",
+        lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(
+            pattern={"Regex": r"\w+"}
+        ),
     )
-    expected, _ = ours.render_conversation({"messages": CONVERSATION})
-    expected.append(ours.encode_special("<|assistant_start|>"))
-    assert theirs.encode(rendered, add_special_tokens=False) == expected
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 320
+    yield "merges", lambda r: r["model"]["merges"].reverse()
+    yield "merges", lambda r: r["model"]["merges"].pop()
+    yield "vocab", lambda r: r["model"]["vocab"].update(Ā=999)
+    yield (
+        "special tokens",
+        lambda r: r["added_tokens"].append({"id": 320, "content": "<|x|>"}),
+    )
+    yield "our kind", lambda r: r["added_tokens"].pop()
+    yield "our kind", lambda r: r.update(model={"type": "Unigram"})
+    yield "our kind", lambda r: r.update(pre_tokenizer=None)
+
+
+@pytest.mark.parametrize("message, spoil", list(spoilt_tokenizers()))
+def test_b_other_tokenizers_are_refused(message, spoil):
+    record = json.loads(json.dumps(hf_tokenizer(tiny_tokenizer())))
+    spoil(record)
+    with pytest.raises(UserError, match=message):
+        tokenizer_from_hf(record, Path("tokenizer.json"))
+
+
+# ---- (c) from nanochat's own files to us
+
+
+class Attack:
+    "Unpickled by a reader that obeys, this leaves a file."
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def nanochat_folder(folder: Path, model, prefix="", dtype=torch.bfloat16, **config):
+    "Write a checkpoint as nanochat does; return the folder."
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = "sequence_len vocab_size n_layer n_head n_kv_head n_embd".split()
+    config = {k: getattr(model.config, k) for k in sizes} | config
+    state = {prefix + n: w.to(dtype) for n, w in model.state_dict().items()}
+    for step in (2, 650):
+        torch.save(state, folder / f"model_{step:06d}.pt")
+        meta = {"step": step, "model_config": config, "user_config": {"depth": 3}}
+        (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2))
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(to_tiktoken(tiny_tokenizer())))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"window_pattern": "LL"}])
+def test_c_nanochats_checkpoints_are_read(tmp_path, prefix, dtype, config):
+    theirs = random_model("mqa")
+    nanochat_folder(tmp_path, theirs, prefix, dtype, **config)
+    model, tokenizer = load_foreign(tmp_path)
+    assert tokenizer.fingerprint() == tiny_tokenizer().fingerprint()
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    theirs.load_state_dict({k: v.to(dtype) for k, v in theirs.state_dict().items()})
+    check_same_logits(theirs, model, atol=0)
+    assert len(list(model.generate([1, 2, 3], 5))) == 5
+
+
+def test_c_the_tokenizer_lies_where_nanochat_puts_it(tmp_path):
+    folder = nanochat_folder(tmp_path / "base_checkpoints" / "d3", random_model())
+    (tmp_path / "tokenizer").mkdir()
+    (folder / "tokenizer.pkl").rename(tmp_path / "tokenizer" / "tokenizer.pkl")
+    assert load_foreign(folder)[1].get_vocab_size() == 320
+    (tmp_path / "tokenizer" / "tokenizer.pkl").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.pkl does not exist"):
+        load_foreign(folder)
+
+
+@pytest.mark.parametrize("config", [{"window_pattern": "SSSL"}, {"smear_gates": 24}])
+def test_c_later_architectures_are_refused(tmp_path, config):
+    nanochat_folder(tmp_path, random_model(), **config)
+    with pytest.raises(UserError, match="|".join(config)):
+        load_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("victim", ["model_000650.pt", "tokenizer.pkl"])
+def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
+    folder, mark = nanochat_folder(tmp_path / "in", random_model()), tmp_path / "ran"
+    if victim == "tokenizer.pkl":
+        (folder / victim).write_bytes(pickle.dumps(Attack(mark)))
+    else:
+        torch.save({"lm_head.weight": Attack(mark)}, folder / victim)
+    with pytest.raises(UserError, match=rf"{victim}.*mkdir"):
+        load_foreign(folder)
+    assert not mark.exists()
+    if victim == "tokenizer.pkl":  # it would have
+        pickle.loads((folder / victim).read_bytes())
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"PK\x03\x04half", b"\x80\x02]q\x00."]
+)
+def test_c_what_is_no_weights_is_refused(tmp_path, content):
+    folder = nanochat_folder(tmp_path, random_model())
+    (folder / "model_000650.pt").write_bytes(content)
+    with pytest.raises(UserError, match="holds no weights"):
+        load_foreign(folder)
+
+
+# ---- (d) what does not fit is listed
+
+
+def spoil_weights(weights: dict) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"][:, :-1].contiguous()
+    weights["model.layers.0.self_attn.rotary"] = torch.zeros(3)
+    del weights["model.layers.2.mlp.fc1.weight"]
+
+
+def test_d_missing_surplus_and_misshapen_tensors_are_listed(copy):
+    weights = load_file(copy / "model.safetensors")
+    spoil_weights(weights)
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_foreign(copy)
+    text = str(error.value)
+    assert "lm_head.weight: found (320, 127), wanted (320, 128)" in text
+    assert "rotary: found (3,), wanted none" in text
+    assert "transformer.h.2.mlp.c_fc.weight: found none, wanted (512, 128)" in text
+    assert text.count("found") == 3 and "more" not in text and "\n" not in text
+
+
+def test_d_long_lists_are_cut(tmp_path):
+    nanochat_folder(tmp_path, random_model(n_layer=4), n_layer=2, dtype=torch.float32)
+    with pytest.raises(UserError, match="and 2 more") as error:
+        load_foreign(tmp_path)
+    assert str(error.value).count("found") == 10
+
+
+def test_d_a_missing_shard_is_named(copy):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    names = {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match="00002-of-00002"):
+        load_foreign(copy)
+    index.write_text("[1")
+    with pytest.raises(UserError, match=r"index.json"):
+        load_foreign(copy)
+
+
+def test_d_our_own_checkpoints_are_as_strict(home):
+    model = random_model()
+    path = save(home / "base_checkpoints" / "d3", 1, model)
+    with pytest.raises(UserError, match=r"h.2.mlp.c_proj.weight: found .*wanted none"):
+        load_weights(random_model(n_layer=2), path)
+    tiny_tokenizer().save(home / "tokenizer")
+    edit(path / "meta.json", model_config=asdict(model.config) | {"window": "SL"})
+    with pytest.raises(UserError, match=r"window='SL'.*that version"):
+        load_model("base", torch.device("cpu"))
+
+
+def test_d_unknown_sizes_are_refused(tmp_path):
+    nanochat_folder(tmp_path, random_model(), n_head=3)
+    with pytest.raises(UserError, match="n_head=3"):
+        load_foreign(tmp_path)
+
+
+# ---- (e) the command
+
+
+def command(script: str, *flags: str) -> str:
+    "Run a command as a user does; return what it printed."
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_e_import_then_chat(home, tmp_path):
+    other = nanochat_folder(tmp_path / "nanochat", random_model("mha"))
+    assert "chat_cli" in command("import_model", f"--folder={other}")
+    assert command("chat_cli", "-p", "hi", "--max-tokens=4", "--temperature=0")
+
+
+def test_e_another_tokenizer_is_kept(home, folder):
+    model, tokenizer = load_foreign(folder)
+    other = type(tokenizer)(tokenizer.ranks[:300])
+    other.save(home / "tokenizer")
+    with pytest.raises(UserError, match="another tokenizer"):
+        adopt(model, tokenizer)
+    assert not (home / "sft_checkpoints").exists()
+    path = adopt(model, tokenizer, overwrite=True)
+    assert path == find_checkpoint("sft") and path.parent.name == "d3"
+    loaded, tokenizer, meta = load_model("sft", torch.device("cpu"))
+    check_same_logits(loaded, model, atol=0)
+    assert tokenizer.get_vocab_size() == 320 and meta["stage"] == "import"
+    with pytest.raises(UserError, match="holds a checkpoint"):
+        adopt(model, tokenizer)
+    assert adopt(model, tokenizer, "rl", "mine").parent.name == "mine"
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("absent", "neither"),
+        ("empty", "neither"),
+        ("damaged", "not readable"),
+        ("without tokenizer", "tokenizer.json"),
+        ("without config", "config.json"),
+        ("", "--folder"),
+    ],
+)
+def test_e_wrong_folders_give_one_line(home, copy, monkeypatch, capsys, kind, message):
+    removed = {"without tokenizer": "tokenizer.json", "without config": "config.json"}
+    if kind == "damaged":
+        (copy / "model.safetensors").write_bytes(b"nonsense")
+    elif kind in removed:
+        (copy / removed[kind]).unlink()
+    elif kind:
+        copy = copy / kind
+    if kind == "empty":
+        copy.mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", f"--folder={copy if kind else ''}"])
+    with pytest.raises(SystemExit) as exit:
+        run_cli(import_model.main, import_model.ImportModelConfig, "import_model")
+    text = capsys.readouterr().err
+    assert exit.value.code == 2 and message in text
+    assert text.startswith("error: ") and len(text.splitlines()) == 1
+    assert not (home / "sft_checkpoints").exists()

@@ -45,6 +45,7 @@ PIPELINE = [
     ("chat_eval", f"--source=rl {EVAL}"),
     ("report", ""),
     ("export_hf", "--source=sft --folder=OUT"),
+    ("import_model", "--folder=OUT --stage=base --tag=back"),
     ("chat_cli", "-p hello --max-tokens=4"),
 ]
 
