@@ -55,7 +55,7 @@ def walk_rows(
     w = weight.to(x.dtype)
     size = max(1, CHUNK.get(x.device.type, 2**28) // len(weight))
     for at in range(0, len(x), size):
-        rows = slice(at, at + size)
+        rows, logp, bend, dz = slice(at, at + size), None, None, None  # free them
         logp, bend = log_probabilities(x[rows] @ w.T, cap, vocab_size)
         target = targets[rows, None].clamp(min=0)
         losses[rows] = -logp.gather(1, target)[:, 0]
@@ -63,7 +63,7 @@ def walk_rows(
             dz = logits_gradient(logp, bend, target, share[rows, None]).to(x.dtype)
             dx[rows] = dz @ w
             if dz.dtype == dw.dtype:
-                dw.addmm_(dz.T, x[rows])  # one pass over dw less
+                torch.addmm(dw, dz.T, x[rows], out=dw)  # one pass over dw less
             else:
                 dw += dz.T @ x[rows]
     return losses.masked_fill_(targets == -1, 0), dx, dw

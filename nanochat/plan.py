@@ -85,7 +85,10 @@ def make_plan(
             f"the plan has {steps} steps: raise num_iterations or the ratio"
         )
     tokens = steps * total_batch_size
-    memory = training_memory(config, device_batch_size, activation_bytes, world_size)
+    share = total_batch_size // (micro * world_size)
+    memory = training_memory(
+        config, device_batch_size, activation_bytes, world_size, share
+    )
     return Plan(
         model=config,
         num_steps=steps,
