@@ -140,7 +140,7 @@ VARIANTS = {  # name: (fields of the config, function that exchanges a choice)
     "q and k times 1.2": ({"qk_scale": 1.2}, None),
     "RoPE base 1,000": ({"rope_base": 1000.0}, None),
     "RoPE base 100,000": ({"rope_base": 100_000.0}, None),
-    "modern": (gpt.PRESETS["modern"], None),
+    "modern": (gpt.ARCHITECTURES["modern"], None),
 }
 
 
@@ -307,7 +307,7 @@ def main(record: str, work: str, only: list[str]) -> None:
         )
     facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
     facts |= {"config": BASE, "rows": ROWS, "steps": STEPS, "seeds": SEEDS}
-    facts |= {"seconds_of_a_step": usual, "preset": gpt.PRESETS["modern"]}
+    facts |= {"seconds_of_a_step": usual, "preset": gpt.ARCHITECTURES["modern"]}
     facts |= {"modern_at_equal_time": {"steps": longer, "bpb": same_time}}
     Path(record).write_text(
         json.dumps(facts | {"rows": rows}, indent=1) + "\n", "utf-8"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from .accounting import flops_per_token, parameter_counts, training_memory
 from .common import UserError
-from .gpt import GPTConfig
+from .gpt import ARCHITECTURES, GPTConfig
 
 # %% ../nbs/06_training_process.ipynb #012d4b57
 def model_config(
@@ -19,6 +19,7 @@ def model_config(
     sequence_len: int,
     aspect_ratio: int = 64,  # width for each layer
     kv_heads: int = 0,  # key-value heads; 0: as many as query heads
+    arch: str = "default",  # a key of ARCHITECTURES
 ) -> GPTConfig:
     "Derive the shape of the model from its depth."
     if depth < 1:
@@ -27,6 +28,8 @@ def model_config(
     heads = -(-depth * aspect_ratio // head_dim)
     if kv_heads and heads % kv_heads:
         raise UserError(f"kv_heads={kv_heads} must divide the {heads} heads")
+    if arch not in ARCHITECTURES:
+        raise UserError(f"arch is {arch!r}: use one of {', '.join(ARCHITECTURES)}")
     return GPTConfig(
         sequence_len=sequence_len,
         vocab_size=vocab_size,
@@ -34,6 +37,7 @@ def model_config(
         n_head=heads,
         n_kv_head=kv_heads or heads,
         n_embd=heads * head_dim,
+        **ARCHITECTURES[arch],
     )
 
 # %% ../nbs/06_training_process.ipynb #53ed5864
@@ -109,6 +113,7 @@ class BaseConfig:
     depth: int = 20  # layers: the one dial
     aspect_ratio: int = 64  # width of the model for each layer
     kv_heads: int = 0  # key-value heads; 0: as many as query heads
+    arch: str = "default"  # default, or modern: later ideas switched on
     max_seq_len: int = 2048  # T, tokens of context
     device_batch_size: int = 32  # rows of a forward pass on one device
     total_batch_size: int = 524_288  # tokens of an optimizer step
@@ -139,7 +144,7 @@ def base_plan(
     activation_bytes: int = 2,
 ) -> Plan:
     "Plan a pretraining run from its settings."
-    dials = (config.max_seq_len, config.aspect_ratio, config.kv_heads)
+    dials = (config.max_seq_len, config.aspect_ratio, config.kv_heads, config.arch)
     return make_plan(
         model_config(config.depth, vocab_size, *dials),
         config.device_batch_size,

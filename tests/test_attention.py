@@ -1,0 +1,120 @@
+"""Attention's kernels and its cache: the fallback, windows, growth, positions."""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.attention import KVCache, attend, flash_kernel, insert, visible
+
+
+@pytest.fixture
+def fresh_choice():
+    flash_kernel.cache_clear()
+    yield
+    flash_kernel.cache_clear()
+
+
+def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    shape = lambda t, h: torch.randn(rows, t, h, 8, generator=g).to(dtype)
+    return shape(queries, heads), shape(keys, kv_heads), shape(keys, kv_heads)
+
+
+def hopper(monkeypatch, capability=(9, 0)):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def stand_in(calls: list):
+    "What FlashAttention-3 computes, by its own interface: windows count from the left."
+
+    def flash_attn_func(
+        q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)
+    ):
+        calls.append((causal, window_size))
+        left = window_size[0] + 1 if window_size[0] >= 0 else 0
+        T, S = q.size(1), k.size(1)
+        mask = visible(torch.arange(S - T, S)[None], S, left)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=True, scale=softmax_scale
+        )
+        return out.transpose(1, 2)
+
+    return flash_attn_func
+
+
+def test_without_a_gpu_pytorch_attends(fresh_choice, capsys):
+    assert flash_kernel() is None
+    assert capsys.readouterr().out == ""
+
+
+def test_hopper_without_the_package_falls_back_and_says_so(
+    fresh_choice, monkeypatch, capsys
+):
+    hopper(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    assert flash_kernel() is None and flash_kernel() is None
+    assert capsys.readouterr().out.count("flash_attn_interface is missing") == 1
+
+
+def test_hopper_with_the_package_uses_it_and_says_so_once(
+    fresh_choice, monkeypatch, capsys
+):
+    hopper(monkeypatch)
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = stand_in([])
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    assert flash_kernel() is flash_kernel() is module.flash_attn_func
+    assert capsys.readouterr().out.count("FlashAttention-3") == 1
+
+
+def test_older_gpus_do_not_look_for_it(fresh_choice, monkeypatch):
+    hopper(monkeypatch, (8, 0))
+    monkeypatch.setattr(importlib, "import_module", lambda name: 1 / 0)
+    assert flash_kernel() is None
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 50])
+@pytest.mark.parametrize("queries", [7, 1, 3])
+def test_the_flash_branch_equals_pytorchs(queries, window):
+    "In bfloat16, for a whole row, one token, and a chunk after a prefix."
+    q, k, v = qkv(queries=queries, dtype=torch.bfloat16)
+    calls = []
+    fused = attend(q, k, v, None, window, 0.2, stand_in(calls))
+    plain = attend(q, k, v, None, window, 0.2)
+    torch.testing.assert_close(fused, plain, rtol=2e-2, atol=2e-2)
+    assert calls == [(True, (window - 1, 0) if window else (-1, -1))]
+
+
+def test_flash_is_not_asked_for_what_it_cannot_do():
+    refuse = lambda *args, **options: 1 / 0
+    attend(*qkv(), flash=refuse)  # float32
+    cache = KVCache(2, 2, 9, 8, 1, dtype=torch.bfloat16)
+    q, k, v = qkv(queries=1, keys=1, dtype=torch.bfloat16)
+    cache.set_lengths([5, 2])
+    attend(q, *insert(cache, 0, k, v), cache, flash=refuse)  # rows of unequal length
+
+
+def test_a_cache_that_may_grow_gives_what_a_large_one_gives():
+    small, large = KVCache(2, 2, 3, 8, 1, grow=True), KVCache(2, 2, 40, 8, 1)
+    q, k, v = qkv(keys=37, queries=37)
+    for part in torch.arange(37).split([2, 1, 5, 1, 20, 8]):
+        out = []
+        for cache in (small, large):
+            keys = insert(cache, 0, k[:, part], v[:, part])
+            out.append(attend(q[:, part], *keys, cache))
+            cache.advance(len(part))
+        assert torch.equal(*out)
+    assert small.k_cache.size(2) == 48  # 3 doubled until 37 fit
+
+
+def test_a_cache_that_may_not_grow_says_what_to_do():
+    cache = KVCache(1, 2, 3, 8, 1)
+    with pytest.raises(ValueError, match=r"holds 3 positions, 4 are needed.*grow=True"):
+        insert(cache, 0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
+    assert not cache.k_cache.any() and cache.get_pos() == 0  # nothing was lost
