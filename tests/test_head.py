@@ -140,8 +140,9 @@ def test_first_loss_is_the_logarithm_of_the_vocabulary():
         assert loss == pytest.approx(math.log(vocab), abs=1e-5)
 
 
-def test_model_compiles_as_one_graph_with_the_same_gradients():
+def test_model_compiles_as_one_graph_with_the_same_gradients(monkeypatch):
     "No graph break in the step: neither the default model's nor with all options on."
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     options = {"window_pattern": "SL", "value_embeds": True, "stream_scalars": True}
     for fields in ({}, options | {"qk_scale": 1.2, "pad_vocab_to": 64, "n_kv_head": 1}):
         sizes = {"sequence_len": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2}
@@ -154,13 +155,12 @@ def test_model_compiles_as_one_graph_with_the_same_gradients():
         results = []
         torch._dynamo.reset()
         counters.clear()
-        with torch._dynamo.config.patch(disable=False):
-            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-            for f in (model, compiled):
-                loss = f(ids[:, :-1], ids[:, 1:], loss_reduction="sum")
-                loss.backward()
-                results.append([loss.detach(), *(p.grad for p in model.parameters())])
-                model.zero_grad()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for f in (model, compiled):
+            loss = f(ids[:, :-1], ids[:, 1:], loss_reduction="sum")
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+            model.zero_grad()
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
