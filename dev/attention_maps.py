@@ -105,6 +105,9 @@ def habits(model, tokenizer) -> dict:
     twice = torch.cat((torch.full((64, 1), bos), drawn, drawn), 1)
     w, r = look(model, ids)[..., SKIP:, :], look(model, twice)
     second = torch.arange(HALF + 1, 2 * HALF)  # reads a token that it has read before
+    quote = torch.tensor(['"' in tokenizer.id_to_token(i) for i in range(bos)])
+    is_quote = quote[ids.clamp(max=bos - 1)] & (ids < bos)  # special tokens come last
+    share = is_quote.cumsum(1)[:, SKIP:] / torch.arange(SKIP + 1, LENGTH + 1)
     relative = entropy(w) / torch.arange(SKIP + 1, LENGTH + 1).log()
     loss = lambda: model(ids[:, :-1], ids[:, 1:]).item()
     whole, worth = loss(), []
@@ -123,6 +126,8 @@ def habits(model, tokenizer) -> dict:
         "self": mean_by_head(w.diagonal(SKIP, -2, -1)),
         "previous": mean_by_head(w.diagonal(SKIP - 1, -2, -1)),
         "follower": mean_by_head(r[..., second, second - HALF + 1]),
+        "quotes": mean_by_head((w * is_quote[:, None, None]).sum(-1)),
+        "quotes_even": round(share.mean().item(), 4),
         "entropy": mean_by_head(relative),
         "worth": worth,
     }
