@@ -8,6 +8,7 @@ if weights times values are not what the layer really gave.
 """
 
 import json
+import random
 import sys
 from contextlib import contextmanager
 from datetime import date
@@ -21,6 +22,7 @@ from nanochat.common import environment
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.functional import rms_norm
+from nanochat.tasks.arithmetic import NAMES, PHRASINGS, THINGS, in_test_split
 
 SENTENCE = (
     '"What an excellent father you have, girls!" said she, when the door was shut.'
@@ -145,11 +147,15 @@ def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
     }
 
 
-def sum_of(model, tokenizer, name: str, question: str) -> dict:
-    "Let the model answer; who is needed for the numbers that it writes?"
+def prompt_of(tokenizer, question: str) -> list[int]:
     messages = [{"role": "user", "content": question}]
     messages += [{"role": "assistant", "content": ""}]
-    prompt = tokenizer.render_for_completion({"messages": messages})
+    return tokenizer.render_for_completion({"messages": messages})
+
+
+def sum_of(model, tokenizer, name: str, question: str) -> dict:
+    "Let the model answer; who is needed for the numbers that it writes?"
+    prompt = prompt_of(tokenizer, question)
     (ids, *_), _ = Engine(model, tokenizer).generate_batch(prompt, 1, 40, 0.0)
     found = picture(model, tokenizer, name, ids)
     forced = tokenizer.encode_special("<|output_start|>")
@@ -170,6 +176,30 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
     return found
 
 
+def calls(model, tokenizer, count: int = 50) -> dict:
+    "Count right calculator calls for held-out sums in the wording of training."
+    draw, prompts, right = random.Random(0), [], []
+    while len(prompts) < count:
+        a, b = draw.randint(11, 99), draw.randint(11, 99)
+        if a == b or not in_test_split(a, b, "+"):
+            continue
+        who, what = draw.choice(NAMES), draw.choice(THINGS)
+        text = PHRASINGS["+"][5].format(name=who, thing=what, a=a, b=b)
+        prompts.append(prompt_of(tokenizer, text))
+        right.append(f"<|python_start|>{a}+{b}<|python_end|>")
+    engine = Engine(model, tokenizer)
+
+    def score() -> int:
+        rows = engine.generate_many(prompts, 6, 0.0)
+        return sum(r in tokenizer.decode(row.ids) for r, row in zip(right, rows))
+
+    found = {"questions": count, "right": score(), "without": []}
+    for layer, head in heads_of(model):
+        with without(model, layer, head):
+            found["without"].append(score())
+    return found
+
+
 @torch.no_grad()
 def main(target: str) -> None:
     cpu = torch.device("cpu")
@@ -186,6 +216,7 @@ def main(target: str) -> None:
         "sentence": picture(base, tokenizer, "a sentence (base model)", sentence),
         "sum": sum_of(chat, tokenizer, "a sum (chat model)", QUESTION),
         "variant": sum_of(chat, tokenizer, "another wording (chat model)", VARIANT),
+        "calls": calls(chat, tokenizer),
     }
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
