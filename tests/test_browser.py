@@ -1,5 +1,5 @@
 """In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
-and the widgets of chapters 2 and 3."""
+and the widgets of chapters 2, 3 and 5."""
 
 import json
 import math
@@ -14,6 +14,7 @@ import torch
 from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from test_server import SlowEngine, serve
 
+from nanochat.attention import apply_rotary, precompute_rotary
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
 from nanochat.engine import Engine
@@ -318,3 +319,94 @@ def test_temperature_widget_refuses_what_sample_next_refuses(page):
         assert field.get_attribute("aria-invalid") == "true"
     field.fill("1")
     check_temperature(page, LOGITS, 1.0, 6)
+
+
+def check_rope(page, q: torch.Tensor, k: torch.Tensor, m: int, n: int) -> None:
+    "Compare the scores of the wheels with those of rotated vectors."
+    cos, sin = precompute_rotary(64, q.numel())
+    one, two = (
+        apply_rotary(x.view(1, 1, 1, -1), cos[t : t + 1], sin[t : t + 1]).flatten()
+        for x, t in ((q, m), (k, n))
+    )
+    pairs = (one * two).view(2, -1).sum(0) / q.numel() ** 0.5
+    scores = page.locator(".wheel").evaluate_all("w => w.map(x => +x.dataset.score)")
+    torch.testing.assert_close(torch.tensor(scores), pairs, rtol=0, atol=1e-5)
+    total = float(page.locator(".sum").get_attribute("data-total"))
+    assert total == pytest.approx(pairs.sum().item(), abs=1e-5)
+    shown = page.locator(".total").inner_text().replace("−", "-")
+    assert float(shown) == pytest.approx(total, abs=6e-4)
+    places = [page.get_by_label(who).input_value() for who in ("query, m", "key, n")]
+    assert places == [str(m), str(n)]
+
+
+def test_rope_widget_turns_as_python_does(page):
+    dice = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 8, generator=dice)
+    speeds = (10_000.0 ** (-torch.arange(0, 8, 2) / 8)).tolist()
+    pair = lambda x, i: x[[i, i + 4]].tolist()
+    pairs = [
+        {"speed": w, "q": pair(q, i), "k": pair(k, i)} for i, w in enumerate(speeds)
+    ]
+    show_widget(page, "rope.html", {"last": 63, "head_dim": 8, "pairs": pairs})
+    query, key = page.get_by_label("query, m"), page.get_by_label("key, n")
+    check_rope(page, q, k, 7, 4)
+    query.fill("40")
+    check_rope(page, q, k, 40, 4)
+    key.fill("33")
+    before = float(page.locator(".sum").get_attribute("data-total"))
+    page.get_by_label("Keep the distance").check()
+    for place in ("63", "20", "0"):  # 0 is out of reach at a distance of 7
+        query.fill(place)
+        check_rope(page, q, k, max(7, int(place)), max(0, int(place) - 7))
+        after = float(page.locator(".sum").get_attribute("data-total"))
+        assert after == pytest.approx(before, abs=1e-9)
+    key.focus()
+    page.keyboard.press("End")
+    check_rope(page, q, k, 63, 56)
+    page.get_by_label("Keep the distance").uncheck()
+    query.fill("10")  # takes the key along: it may not stand after its query
+    check_rope(page, q, k, 10, 10)
+    picture(page, "rope")
+
+
+RECORD = Path(__file__).resolve().parents[1] / "dev" / "records" / "attention_maps.json"
+
+
+def test_heatmap_widget_shows_the_record(page):
+    record = json.loads(RECORD.read_text())
+    maps = [record[name] for name in ("sentence", "sum")]
+    show_widget(page, "heatmap.html", {"heads": 3, "maps": maps, "start": [1, 1, 2]})
+    reader = lambda t: page.get_by_role("button", name=f"Reader {t}:")
+    weights = lambda: page.locator(".text code").evaluate_all(
+        "words => words.map(w => +w.dataset.weight)"
+    )
+
+    def check(name: str, head: int, t: int) -> None:
+        row = record[name]["weights"][head][t]
+        padding = [0] * (len(record[name]["tokens"]) - t - 1)
+        assert weights() == row + padding
+        best = sorted(range(t + 1), key=lambda s: (-row[s], s))[:3]
+        found = page.locator(".best").get_attribute("data-best")
+        assert found == " ".join(map(str, best))
+        p = torch.tensor(row) / 1000
+        bits = f"Entropy {torch.special.entr(p).sum():.2f} of at most {math.log(t + 1):.2f}"
+        sync_api.expect(page.locator(".best")).to_contain_text(bits)
+
+    check("sum", 5, 44)
+    reader(33).hover()
+    check("sum", 5, 33)
+    reader(33).focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    check("sum", 5, 31)
+    page.get_by_label("Layer").select_option("0")
+    page.get_by_label("Head").select_option("1")
+    check("sum", 1, 31)
+    page.get_by_label("Text").select_option(index=0)
+    check("sentence", 1, 24)
+    reader(24).focus()
+    page.keyboard.press("Home")
+    check("sentence", 1, 0)
+    shown = page.locator(".text").inner_text()
+    assert shown == "".join(record["sentence"]["tokens"]).replace(" ", "␣")
+    picture(page, "heatmap")

@@ -1,0 +1,229 @@
+"""What do the heads of a trained model look at? Weights, habits and worth of every head.
+
+python dev/attention_maps.py dev/records/attention_maps.json     half a minute on one core
+
+Reads the base model and the last chat model of a speedrun from NANOCHAT_BASE_DIR. The
+weights are computed again from each layer's own input and matrices, and the script stops
+if weights times values are not what the layer really gave.
+"""
+
+import json
+import random
+import sys
+from contextlib import contextmanager
+from datetime import date
+
+import torch
+from torch import Tensor
+
+from nanochat.attention import CausalSelfAttention, apply_rotary, visible
+from nanochat.checkpoint import load_model
+from nanochat.common import environment
+from nanochat.dataset import iter_documents
+from nanochat.engine import Engine
+from nanochat.functional import rms_norm
+from nanochat.tasks.arithmetic import NAMES, PHRASINGS, THINGS, in_test_split
+
+SENTENCE = (
+    '"What an excellent father you have, girls!" said she, when the door was shut.'
+)
+QUESTION = "Anna has 37 books and buys 48 more. How many books does Anna have?"
+VARIANT = "Anna has 37 books. She buys 48 more. How many books does Anna have now?"
+LENGTH, SKIP = 64, 8  # tokens of each held-out text; its first rows, left out of means
+HALF = 24  # random tokens that are read twice
+
+
+def head_weights(
+    attn: CausalSelfAttention,
+    x: Tensor,  # (B, T, C) what the layer got
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,  # (B, T, C) what it gave
+) -> Tensor:  # (B, H, T, T)
+    "Compute the weights that a layer used, and prove it by its output."
+    split = lambda linear: linear(x).unflatten(-1, (-1, attn.head_dim))
+    q, k = (rms_norm(apply_rotary(split(c), cos, sin)) for c in (attn.c_q, attn.c_k))
+    each = q.size(2) // k.size(2)
+    k, v = (t.repeat_interleave(each, 2) for t in (k, split(attn.c_v)))
+    seen = visible(torch.arange(x.size(1))[None], x.size(1), attn.window)
+    score = torch.einsum("bthd,bshd->bhts", q, k) * attn.scale
+    weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
+    mine = attn.c_proj(torch.einsum("bhts,bshd->bthd", weight, v).flatten(2))
+    torch.testing.assert_close(mine, out, rtol=1e-4, atol=1e-4)
+    return weight
+
+
+def look(model, ids: Tensor) -> Tensor:  # (L, B, H, T, T)
+    "Run the model and return the weights of all its layers."
+    found = []
+    hooks = [
+        block.attn.register_forward_hook(
+            lambda attn, args, out: found.append(head_weights(attn, *args[:3], out))
+        )
+        for block in model.transformer.h
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+@contextmanager
+def without(model, layer: int, head: int):
+    "Silence one head: what it averages no longer reaches the stream."
+    attn = model.transformer.h[layer].attn
+    columns = attn.c_proj.weight[:, head * attn.head_dim : (head + 1) * attn.head_dim]
+    kept = columns.clone()
+    columns.zero_()
+    yield
+    columns.copy_(kept)
+
+
+def heads_of(model) -> list[tuple[int, int]]:
+    "List (layer, head)."
+    c = model.config
+    return [(i, h) for i in range(c.n_layer) for h in range(c.n_head)]
+
+
+def entropy(weight: Tensor) -> Tensor:
+    "Entropy of each row in nats."
+    return torch.special.entr(weight).sum(-1)
+
+
+def mean_by_head(x: Tensor) -> list[float]:
+    "Average (L, B, H, ...) over all but layers and heads."
+    mean = x.movedim(2, 1).flatten(2).double().mean(-1).flatten()
+    return [round(m, 4) for m in mean.tolist()]
+
+
+def habits(model, tokenizer) -> dict:
+    "Average over held-out texts, and over random tokens that are read twice."
+    texts = [text for text, _ in iter_documents("val", data="embedded")]
+    assert any(SENTENCE in text for text in texts)
+    texts = [tokenizer.encode(t, prepend="<|bos|>")[:LENGTH] for t in texts]
+    ids = torch.tensor([t for t in texts if len(t) == LENGTH])
+    bos, dice = tokenizer.get_bos_token_id(), torch.Generator().manual_seed(0)
+    drawn = torch.randint(256, bos, (64, HALF), generator=dice)
+    twice = torch.cat((torch.full((64, 1), bos), drawn, drawn), 1)
+    w, r = look(model, ids)[..., SKIP:, :], look(model, twice)
+    second = torch.arange(HALF + 1, 2 * HALF)  # reads a token that it has read before
+    quote = torch.tensor(['"' in tokenizer.id_to_token(i) for i in range(bos)])
+    is_quote = quote[ids.clamp(max=bos - 1)] & (ids < bos)  # special tokens come last
+    share = is_quote.cumsum(1)[:, SKIP:] / torch.arange(SKIP + 1, LENGTH + 1)
+    relative = entropy(w) / torch.arange(SKIP + 1, LENGTH + 1).log()
+    loss = lambda: model(ids[:, :-1], ids[:, 1:]).item()
+    whole, worth = loss(), []
+    for layer, head in heads_of(model):
+        with without(model, layer, head):
+            worth.append(round(loss() - whole, 4))
+    losses = model(twice[:, :-1], twice[:, 1:], loss_reduction="none").view(64, -1)
+    return {
+        "texts": len(ids),
+        "tokens": LENGTH,
+        "skipped": SKIP,
+        "loss": round(whole, 4),
+        "loss_repeated": [round(x.mean().item(), 4) for x in losses.split(HALF, 1)],
+        "heads": [f"{layer}.{head}" for layer, head in heads_of(model)],
+        "first": mean_by_head(w[..., 0]),
+        "self": mean_by_head(w.diagonal(SKIP, -2, -1)),
+        "previous": mean_by_head(w.diagonal(SKIP - 1, -2, -1)),
+        "follower": mean_by_head(r[..., second, second - HALF + 1]),
+        "quotes": mean_by_head((w * is_quote[:, None, None]).sum(-1)),
+        "quotes_even": round(share.mean().item(), 4),
+        "entropy": mean_by_head(relative),
+        "worth": worth,
+    }
+
+
+def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
+    "Record one text: tokens, weights in thousandths (rows up to the diagonal), entropies."
+    w = look(model, torch.tensor([ids]))
+    rows = (w[:, 0] * 1000).round().int().flatten(0, 1).tolist()
+    return {
+        "name": name,
+        "tokens": [tokenizer.id_to_token(i) for i in ids],
+        "entropy": mean_by_head(entropy(w)),
+        "weights": [[row[: t + 1] for t, row in enumerate(head)] for head in rows],
+    }
+
+
+def prompt_of(tokenizer, question: str) -> list[int]:
+    messages = [{"role": "user", "content": question}]
+    messages += [{"role": "assistant", "content": ""}]
+    return tokenizer.render_for_completion({"messages": messages})
+
+
+def sum_of(model, tokenizer, name: str, question: str) -> dict:
+    "Let the model answer; who is needed for the numbers that it writes?"
+    prompt = prompt_of(tokenizer, question)
+    (ids, *_), _ = Engine(model, tokenizer).generate_batch(prompt, 1, 40, 0.0)
+    found = picture(model, tokenizer, name, ids)
+    forced = tokenizer.encode_special("<|output_start|>")
+    spots = [
+        t
+        for t in range(len(prompt), len(ids) - 1)
+        if tokenizer.decode([ids[t + 1]]).isdigit() and ids[t] != forced
+    ]
+    chance = lambda: [
+        round(p[t, ids[t + 1]].item(), 4)
+        for p in [model(torch.tensor([ids])).softmax(-1)[0]]
+        for t in spots
+    ]
+    found |= {"numbers": spots, "chance": chance(), "without": []}
+    for layer, head in heads_of(model):
+        with without(model, layer, head):
+            found["without"].append(chance())
+    return found
+
+
+def calls(model, tokenizer, count: int = 50) -> dict:
+    "Count right calculator calls for held-out sums in the wording of training."
+    draw, prompts, right = random.Random(0), [], []
+    while len(prompts) < count:
+        a, b = draw.randint(11, 99), draw.randint(11, 99)
+        if a == b or not in_test_split(a, b, "+"):
+            continue
+        who, what = draw.choice(NAMES), draw.choice(THINGS)
+        text = PHRASINGS["+"][5].format(name=who, thing=what, a=a, b=b)
+        prompts.append(prompt_of(tokenizer, text))
+        right.append(f"<|python_start|>{a}+{b}<|python_end|>")
+    engine = Engine(model, tokenizer)
+
+    def score() -> int:
+        rows = engine.generate_many(prompts, 6, 0.0)
+        return sum(r in tokenizer.decode(row.ids) for r, row in zip(right, rows))
+
+    found = {"questions": count, "right": score(), "without": []}
+    for layer, head in heads_of(model):
+        with without(model, layer, head):
+            found["without"].append(score())
+    return found
+
+
+@torch.no_grad()
+def main(target: str) -> None:
+    cpu = torch.device("cpu")
+    base, tokenizer, base_meta = load_model("base", cpu)
+    chat, _, chat_meta = load_model("rl", cpu)
+    sentence = tokenizer.encode(SENTENCE, prepend="<|bos|>")
+    record = {
+        "command": "python dev/attention_maps.py dev/records/attention_maps.json",
+        "date": date.today().isoformat(),
+        "environment": environment(),
+        "config": base_meta["model_config"],
+        "steps": {"base": base_meta["step"], "rl": chat_meta["step"]},
+        "habits": habits(base, tokenizer),
+        "sentence": picture(base, tokenizer, "a sentence (base model)", sentence),
+        "sum": sum_of(chat, tokenizer, "a sum (chat model)", QUESTION),
+        "variant": sum_of(chat, tokenizer, "another wording (chat model)", VARIANT),
+        "calls": calls(chat, tokenizer),
+    }
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    with open(target, "w") as file:
+        file.write(text)
+    print(f"{target}: {len(text):,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
