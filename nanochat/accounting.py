@@ -83,17 +83,15 @@ def activation_memory(
 ) -> int:  # bytes
     "Count what a forward pass keeps for the backward pass, the head left out."
     c, T, e = config, config.sequence_len, value_bytes
-    share = c.kv_dim / c.n_embd
-    kept = (
-        4 * (3 + share) + e * (4 + 2 * share + 2 * c.mlp_ratio) + e * c.stream_scalars
-    )
-    tables = sum(c.has_values(layer) for layer in range(c.n_layer))
-    numbers = c.n_layer * kept + tables * share * e + 4 + 4 + 2 * e  # two more norms
-    per_row = numbers * c.n_embd + c.n_layer * 4 * (2 * c.n_head + c.n_kv_head + 2) + 16
+    share, layers = c.kv_dim / c.n_embd, range(c.n_layer)
+    per_layer = 4 + 2 * share + 2 * c.mlp_ratio + c.stream_scalars
+    tables = sum(map(c.has_values, layers))
+    numbers = (c.n_layer * per_layer + tables * share + 3) * c.n_embd
+    small = 4 * c.n_layer * (2 * c.n_head + c.n_kv_head + 2) + 16  # one per vector
     counts = parameter_counts(c)
     casts = e * sum(counts[m] for m in ("attention", "mlp", "gates")) if e < 4 else 0
-    masks = 4 * T * T * sum(c.window(layer) > 0 for layer in range(c.n_layer))
-    return round(device_batch_size * T * per_row) + casts + masks
+    masks = 4 * T * T * sum(c.window(layer) > 0 for layer in layers)
+    return round(device_batch_size * T * (e * numbers + small)) + casts + masks
 
 # %% ../nbs/04_transformer_architecture.ipynb #9abc4464
 def training_memory(
