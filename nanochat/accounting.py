@@ -36,7 +36,7 @@ def flops_per_token(
 ) -> int:  # floating point operations for each token of a full context
     "Estimate the cost of one token (Chowdhery et al., 2022; causality not exploited)."
     counts, T = parameter_counts(config), config.sequence_len
-    seen = sum(config.window(layer) or T for layer in range(config.n_layer))
+    seen = sum(min(config.window(layer) or T, T) for layer in range(config.n_layer))
     forward = 2 * sum(counts[m] for m in MATRICES) + 4 * config.n_embd * seen
     return 3 * forward if training else forward
 

@@ -83,6 +83,10 @@ def check_config(c: GPTConfig) -> None:
         f"softcap={c.softcap} and short_window={c.short_window} must not be negative: "
         "0 switches them off": min(c.softcap, c.short_window) >= 0,
         f"pad_vocab_to={c.pad_vocab_to} must be at least 1": c.pad_vocab_to >= 1,
+        f"gate_inputs={c.gate_inputs} must be between 1 and n_embd={c.n_embd}": not (
+            c.value_embeds
+        )
+        or 1 <= c.gate_inputs <= c.n_embd,
     }
     for complaint, fine in rules.items():
         if not fine:

@@ -1,11 +1,12 @@
 """In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
-and the widgets of chapters 2, 3 and 5."""
+and the widgets of chapters 2 to 5."""
 
 import json
 import math
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,20 @@ import torch
 from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from test_server import SlowEngine, serve
 
+from nanochat.accounting import (
+    flops_per_token,
+    kv_cache_bytes,
+    parameter_counts,
+    training_memory,
+)
 from nanochat.attention import apply_rotary, precompute_rotary
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
 from nanochat.engine import Engine
 from nanochat.functional import sample_next
+from nanochat.gpt import ARCHITECTURES, GPTConfig
+from nanochat.head import CHUNK
+from nanochat.plan import model_config
 from nanochat.server import load_chat_model
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -410,3 +420,124 @@ def test_heatmap_widget_shows_the_record(page):
     shown = page.locator(".text").inner_text()
     assert shown == "".join(record["sentence"]["tokens"]).replace(" ", "␣")
     picture(page, "heatmap")
+
+
+DESIGNS = ARCHITECTURES | {
+    "windows": {"window_pattern": "SSSL"},
+    "all": {**ARCHITECTURES["modern"], "window_pattern": "SL", "pad_vocab_to": 64},
+}
+DIALS = list(
+    zip(  # depth, V, T, B, micro-batches, ranks, bytes per value, design
+        (1, 3, 5, 6, 7, 8, 9, 12, 20, 26, 31, 40, 2, 4, 10, 13),
+        (1, 256, 4097, 32_768, 65_536, 50_257, 65_536, 999_999) * 2,
+        (2048, 64, 3, 1, 1024, 777, 2048, 32_768) * 2,
+        (1, 4, 32, 7) * 4,
+        (1, 1, 2) * 6,
+        (1, 8, 3, 1, 64) * 4,
+        (2, 4, 4, 2, 2) * 4,
+        [*DESIGNS, *reversed(DESIGNS)] * 2,
+    )
+)
+
+
+def set_dial(page, depth: int, vocab: int, context: int, rows: int, *rest) -> None:
+    micro, ranks, value_bytes, design = rest
+    page.get_by_label("Depth, number of layers").fill(str(depth))
+    for label, value in [
+        ("Vocabulary V", vocab),
+        ("Context T", context),
+        ("Rows of a batch B", rows),
+        ("Micro-batches", micro),
+        ("Ranks", ranks),
+    ]:
+        page.get_by_label(label, exact=True).fill(str(value))
+    page.get_by_label("Bytes per value").select_option(str(value_bytes))
+    page.get_by_label("Design").select_option(design)
+
+
+def dial_says(config: GPTConfig, rows: int, *rest) -> dict:
+    "What the accounting makes of the same choices."
+    micro, ranks, value_bytes, _ = rest
+    parameters, flops = parameter_counts(config), flops_per_token(config)
+    total, seen = parameters["total"], config.sequence_len
+    windows = [min(config.window(i) or seen, seen) for i in range(config.n_layer)]
+    return {
+        "width": config.n_embd,
+        "heads": config.n_head,
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "scores": 12 * config.n_embd * sum(windows),
+        "tokens": 20 * total,
+        "flops": float(20 * total * flops),
+        "memory": training_memory(config, rows, value_bytes, ranks, micro),
+        "summed": 4 * total if micro > 1 else 0,
+        "cache": kv_cache_bytes(config, bytes_per_value=value_bytes),
+    }
+
+
+def show_dial(page) -> None:
+    show_widget(page, "dial.html", {"depth": 20, "designs": DESIGNS, "chunk": CHUNK})
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_dial_widget_counts_as_accounting_does(page, dial):
+    depth, vocab, context, *rest = dial
+    show_dial(page)
+    set_dial(page, *dial)
+    heads = model_config(depth, vocab, context).n_head
+    fitting = [str(k) for k in range(heads, 0, -1) if heads % k == 0]
+    offered = page.locator("select[aria-label='Key-value heads'] option")
+    assert offered.evaluate_all("os => os.map(o => o.value)") == fitting
+    for kv in fitting:
+        page.get_by_label("Key-value heads").select_option(kv)
+        config = model_config(depth, vocab, context, kv_heads=int(kv))
+        config = replace(config, **DESIGNS[rest[-1]])
+        shown = json.loads(page.locator(".dial-widget").get_attribute("data-result"))
+        shown["flops"] = float(shown["flops"])  # JavaScript writes it with 21 digits
+        assert shown == dial_says(config, *rest)
+
+
+def test_dial_widget_shows_the_model_of_depth_20(page):
+    show_dial(page)
+    bills = page.locator(".bills")
+    sync_api.expect(bills).to_contain_text("560,988,160")
+    sync_api.expect(bills).to_contain_text("3.49 · 10⁹")
+    sync_api.expect(bills).to_contain_text("MLP 262 million (47 %)")
+    sync_api.expect(page.locator(".sum")).to_contain_text("11.2 billion tokens")
+    sync_api.expect(page.locator(".sum")).to_contain_text("3.92 · 10¹⁹ operations")
+    assert bills.get_by_text("the peak").count() == 1
+
+
+def test_dial_widget_by_keyboard(page):
+    show_dial(page)
+    page.get_by_label("Depth, number of layers").focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(page.locator(".width")).to_have_text("width 1,280, 10 heads of 128")
+    page.keyboard.press("Home")
+    sync_api.expect(page.locator(".width")).to_have_text("width 64, 1 head of 64")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowUp")
+    shown = json.loads(page.locator(".dial-widget").get_attribute("data-result"))
+    assert shown["parameters"]["wte"] == 65_537 * 64
+
+
+def test_dial_widget_refuses_sizes_that_make_no_model(page):
+    show_dial(page)
+    field = page.get_by_label("Vocabulary V", exact=True)
+    for wrong in ("0", "-5", "1.5", ""):
+        field.fill(wrong)
+        sync_api.expect(page.get_by_role("alert")).to_contain_text(
+            "whole number from 1"
+        )
+        assert field.get_attribute("aria-invalid") == "true"
+    field.fill("256")
+    sync_api.expect(page.get_by_role("alert")).to_be_empty()
+
+
+def test_dial_widget_keeps_shared_heads_where_they_fit(page):
+    show_dial(page)
+    heads = page.get_by_label("Key-value heads")
+    heads.select_option("2")
+    for depth, kept in (("24", "2"), ("26", "13"), ("8", "4")):
+        page.get_by_label("Depth, number of layers").fill(depth)
+        assert heads.input_value() == kept
