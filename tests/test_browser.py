@@ -16,6 +16,7 @@ from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from test_server import SlowEngine, serve
 
 from nanochat.accounting import (
+    BLOCK,
     flops_per_token,
     kv_cache_bytes,
     parameter_counts,
@@ -476,7 +477,11 @@ def dial_says(config: GPTConfig, rows: int, *rest) -> dict:
 
 
 def show_dial(page) -> None:
-    show_widget(page, "dial.html", {"depth": 20, "designs": DESIGNS, "chunk": CHUNK})
+    show_widget(
+        page,
+        "dial.html",
+        {"depth": 20, "designs": DESIGNS, "chunk": CHUNK, "block": BLOCK},
+    )
 
 
 @pytest.mark.parametrize("dial", DIALS)
