@@ -41,9 +41,10 @@ pdf: setup ## the same as one PDF, book/_build/nanochat-book.pdf
 	$(SPHINX) -t pdf -b singlehtml nbs $(BUILD)/single
 	python book/pdf.py $(BUILD)/single $(BUILD)/nanochat-book.pdf
 
-bench: setup ## measure the tokenizer crate, alone and against its peers
+bench: setup ## measure tokenizer crate and model, alone and against their peers
 	$(CARGO) bench $(CRATE)
 	python dev/bench_tokenizers.py
+	python dev/bench_model.py
 
 data: setup ## make nanochat/data again from its public sources (550 MB)
 	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages
