@@ -20,8 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from torch import nn
 
 from nanochat import attention, gpt, optim
@@ -224,24 +227,25 @@ def tune(name: str, folder: str) -> dict:
     return {"name": name, "factor": best, "tried": tried, "bpb": bits}
 
 
-def speeds(names: list[str], repeat: int = 9) -> dict[str, dict]:
+def speeds(names: list[str], repeat: int = 5) -> dict[str, dict]:
     "Measure a training step of each variant, taking turns; and its peak memory."
     out = {name: {"seconds": []} for name in names}
-    for _ in range(repeat):
-        for name in names:
-            command = [sys.executable, __file__, "--step", name]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            told = subprocess.run(command, env=env, capture_output=True, text=True)
-            row = json.loads(told.stdout.splitlines()[-1])
-            out[name]["seconds"].append(row["seconds"])
-            out[name] |= {k: row[k] for k in ("peak_bytes", "parameters")}
+
+    def measure(name: str) -> None:
+        command = [sys.executable, __file__, "--step", name]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        told = subprocess.run(command, env=env, capture_output=True, text=True)
+        row = json.loads(told.stdout.splitlines()[-1])
+        out[name]["seconds"].append(row["seconds"])
+        out[name] |= {k: row[k] for k in ("peak_bytes", "parameters")}
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(measure, names * repeat))
     return out
 
 
 def one_step(name: str) -> dict:
     "Time five steps of a variant; count the bytes of one."
-    from torch.profiler import ProfilerActivity, profile
-
     model = fresh_model(name, 1)
     optimizer = optimizer_of(model, name, 1.0)
     ids = torch.randint(2048, (ROWS, 257), generator=torch.Generator().manual_seed(0))
@@ -257,15 +261,7 @@ def one_step(name: str) -> dict:
         begun = time.process_time()
         step()
         times.append(time.process_time() - begun)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        step()
-    events = watch.profiler.kineto_results.events()
-    now = top = 0
-    for event in sorted(
-        (e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        now += event.nbytes()
-        top = max(top, now)
+    top = peak_bytes(step)
     count = sum(p.numel() for p in model.parameters())
     kept = sum(
         v.nbytes
@@ -285,7 +281,6 @@ def main(record: str, work: str, only: list[str]) -> None:
         env = os.environ | {"NANOCHAT_BASE_DIR": work, "NANOCHAT_PRESET": "cpu"}
         command = [sys.executable, "-m", "scripts.tok_train", "--vocab-size=2048"]
         subprocess.run(command, env=env, check=True, capture_output=True)
-        os.sync()
     tokens = str(folder / "tokenizer")
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda name: tune(name, tokens), only or list(VARIANTS)))

@@ -218,6 +218,8 @@ def rotary_rows(
     "Look the rotations up; positions that the table lacks are an error."
     start = kv_cache.get_pos() if kv_cache is not None else 0
     end, limit = start + num_tokens, model.config.sequence_len
+    if num_tokens < 1:
+        raise ValueError("no tokens: the model needs at least one, such as <|bos|>")
     if end > limit:
         raise ValueError(
             f"{end} positions, but the context is {limit}: shorten the input"

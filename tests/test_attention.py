@@ -7,8 +7,17 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanochat.attention import KVCache, attend, flash_kernel, insert, visible
+from nanochat.attention import (
+    KVCache,
+    attend,
+    attend_in_blocks,
+    flash_kernel,
+    insert,
+    visible,
+)
 
 
 @pytest.fixture
@@ -118,3 +127,45 @@ def test_a_cache_that_may_not_grow_says_what_to_do():
     with pytest.raises(ValueError, match=r"holds 3 positions, 4 are needed.*grow=True"):
         insert(cache, 0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
     assert not cache.k_cache.any() and cache.get_pos() == 0  # nothing was lost
+
+
+def by_mask(q, k, v, window, scale):
+    "The same attention by PyTorch, with the mask written out."
+    T, S = q.size(1), k.size(1)
+    mask = visible(torch.arange(S - T, S)[None], S, window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True, scale=scale
+    )
+    return y.transpose(1, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, 150),
+    earlier=st.integers(0, 90),
+    window=st.sampled_from([0, 1, 5, 64, 70, 500]),
+    heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1)]),
+    scale=st.sampled_from([None, 0.7]),
+)
+def test_blocks_equal_a_mask_gradients_too(queries, earlier, window, heads, scale):
+    inputs = qkv(2, queries, queries + earlier, *heads, dtype=torch.float64)
+    weigh = torch.linspace(-1, 1, inputs[0].numel()).view(inputs[0].shape).double()
+    results = []
+    for f in (attend_in_blocks, by_mask):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        y = f(q, k, v, window, scale)
+        (y * weigh).sum().backward()
+        results.append((y.detach(), q.grad, k.grad, v.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_training_and_reading_agree():
+    "The blocks of training and PyTorch's kernel of inference, in float32."
+    for window in (0, 9):
+        inputs = qkv(queries=100, keys=100)
+        read = attend(*inputs, None, window)
+        trained = attend(*(x.requires_grad_() for x in inputs), None, window)
+        torch.testing.assert_close(trained, read, rtol=1e-5, atol=1e-6)
+        assert type(trained.grad_fn).__name__ == "BlockAttentionBackward"

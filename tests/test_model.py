@@ -138,6 +138,8 @@ def test_too_many_positions_are_an_error():
     model = random_model()
     with pytest.raises(ValueError, match=f"{T + 1} positions, but the context is {T}"):
         model(random_ids(1, T + 1))
+    with pytest.raises(ValueError, match="no tokens"):
+        model(random_ids(1, 0))
     cache = cache_for(model, 1)
     model(random_ids(1), kv_cache=cache)
     with pytest.raises(ValueError, match="positions"):
