@@ -1,5 +1,9 @@
 """Memory of a piece of code, as the profiler sees it."""
 
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
