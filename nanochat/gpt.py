@@ -95,7 +95,7 @@ def check_config(c: GPTConfig) -> None:
 # %% ../nbs/04_transformer_architecture.ipynb #04ff0e72
 ARCHITECTURES = {  # fields of a GPTConfig that differ from the default model
     "default": {},
-    "modern": {"value_embeds": True, "stream_scalars": True, "qk_scale": 1.2},
+    "modern": {"window_pattern": "SSSL", "value_embeds": True, "stream_scalars": True},
 }
 
 # %% ../nbs/04_transformer_architecture.ipynb #1d5c04d3
