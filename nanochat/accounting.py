@@ -6,7 +6,7 @@
 __all__ = ['MATRICES', 'BLOCK', 'parameter_counts', 'flops_per_token', 'decode_flops', 'prefill_flops', 'kv_cache_bytes', 'kept_weights', 'activation_memory', 'training_memory']
 
 # %% ../nbs/04_transformer_architecture.ipynb #8d509674
-from .head import CHUNK
+from .head import CHUNK, MIN_ROWS
 
 # %% ../nbs/04_transformer_architecture.ipynb #85a0ad34
 def parameter_counts(
@@ -125,7 +125,8 @@ def training_memory(
     positions = device_batch_size * c.sequence_len
     muon = counts["attention"] + counts["mlp"] + counts["gates"]
     head, widest = 4 * counts["lm_head"], 2 * c.mlp_ratio - 1
-    chunk = min(CHUNK["cpu" if fp32 else "cuda"], positions * c.table_rows)
+    chunk = max(CHUNK["cpu" if fp32 else "cuda"], MIN_ROWS * c.table_rows)
+    chunk = min(chunk, positions * c.table_rows)
     squares = 2 + 2 * (c.kv_dim == c.n_embd)  # matrices of a layer in one stack
     stack = 4 * c.n_layer * max(squares, c.mlp_ratio) * c.n_embd**2
     parts = {

@@ -63,15 +63,15 @@ def test_any_chunk_size_gives_the_same(
 ):
     x, weight, targets = inputs(rows, 8, vocab + padding, seed, torch.float64)
     targets = targets.clamp(max=vocab - 1)
-    kept = head.CHUNK["cpu"]
-    head.CHUNK["cpu"] = chunk
+    kept, rows_kept = head.CHUNK["cpu"], head.MIN_ROWS
+    head.CHUNK["cpu"], head.MIN_ROWS = chunk, 1
     try:
         args = (x, weight, targets, cap, reduction, vocab)
         whole, pieces = (
             loss_and_gradients(f, *args) for f in (plainly, linear_cross_entropy)
         )
     finally:
-        head.CHUNK["cpu"] = kept
+        head.CHUNK["cpu"], head.MIN_ROWS = kept, rows_kept
     for a, b in zip(whole, pieces):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert not pieces[2][vocab:].any()  # rows of padding learn nothing

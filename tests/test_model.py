@@ -21,7 +21,7 @@ from nanochat.accounting import (
 )
 from nanochat.attention import KVCache, apply_rotary
 from nanochat.functional import relu2, rms_norm
-from nanochat.gpt import ARCHITECTURES, GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 
 T, V = 24, 61
@@ -249,7 +249,8 @@ def test_later_sizes(depth, total, scaling, flops):
         vocab_size=32_768,
         window_pattern="SSSL",
         short_window=512,
-        **ARCHITECTURES["modern"],
+        value_embeds=True,
+        stream_scalars=True,
     )
     counts = parameter_counts(config)
     assert same_digits(counts["total"] + 26, total)
