@@ -38,6 +38,17 @@ def hopper(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
 
+def by_mask(q, k, v, window, scale):
+    "The same attention by PyTorch, with the mask written out."
+    T, S = q.size(1), k.size(1)
+    mask = visible(torch.arange(S - T, S)[None], S, window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True, scale=scale
+    )
+    return y.transpose(1, 2)
+
+
 def stand_in(calls: list):
     "What FlashAttention-3 computes, by its own interface: windows count from the left."
 
@@ -46,13 +57,7 @@ def stand_in(calls: list):
     ):
         calls.append((causal, window_size))
         left = window_size[0] + 1 if window_size[0] >= 0 else 0
-        T, S = q.size(1), k.size(1)
-        mask = visible(torch.arange(S - T, S)[None], S, left)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True, scale=softmax_scale
-        )
-        return out.transpose(1, 2)
+        return by_mask(q, k, v, left, softmax_scale)
 
     return flash_attn_func
 
@@ -127,17 +132,6 @@ def test_a_cache_that_may_not_grow_says_what_to_do():
     with pytest.raises(ValueError, match=r"holds 3 positions, 4 are needed.*grow=True"):
         insert(cache, 0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
     assert not cache.k_cache.any() and cache.get_pos() == 0  # nothing was lost
-
-
-def by_mask(q, k, v, window, scale):
-    "The same attention by PyTorch, with the mask written out."
-    T, S = q.size(1), k.size(1)
-    mask = visible(torch.arange(S - T, S)[None], S, window)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=True, scale=scale
-    )
-    return y.transpose(1, 2)
 
 
 @settings(max_examples=40, deadline=None)
