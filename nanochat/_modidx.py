@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'nanochat/attention.py'),
                                     'nanochat.attention.Linear.forward': ( 'attention_mechanism.html#linear.forward',
                                                                            'nanochat/attention.py'),
+                                    'nanochat.attention.add_blocks': ('attention_mechanism.html#add_blocks', 'nanochat/attention.py'),
                                     'nanochat.attention.apply_rotary': ('attention_mechanism.html#apply_rotary', 'nanochat/attention.py'),
                                     'nanochat.attention.attend': ('attention_mechanism.html#attend', 'nanochat/attention.py'),
                                     'nanochat.attention.attend_in_blocks': ( 'attention_mechanism.html#attend_in_blocks',

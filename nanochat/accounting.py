@@ -87,7 +87,7 @@ def kept_weights(
     for window in map(config.window, range(config.n_layer)):
         for start in range(0, T, BLOCK):
             stop = min(start + BLOCK, T)
-            begin = max(0, start - window + 1) if window else 0
+            begin = max(0, start - window + 1) // BLOCK * BLOCK if window else 0
             total += (stop - start) * (stop - begin)
     return total
 
@@ -100,7 +100,7 @@ def activation_memory(
     "Count what a forward pass keeps for the backward pass, the head left out."
     c, T, e = config, config.sequence_len, value_bytes
     share, layers = c.kv_dim / c.n_embd, range(c.n_layer)
-    per_layer = 4 + 2 * share + 2 * c.mlp_ratio + c.stream_scalars
+    per_layer = 4 + 2 * share + c.mlp_ratio + c.stream_scalars
     tables = sum(map(c.has_values, layers))
     numbers = (c.n_layer * per_layer + tables * share + 3) * c.n_embd
     small = 4 * c.n_layer * (c.n_head + c.n_kv_head + 2) + 16  # one per vector

@@ -54,6 +54,7 @@ FIELDS = {  # GPTConfig -> config.json
     "n_embd": "hidden_size",
     "mlp_ratio": "intermediate_size",  # times n_embd
     "softcap": "final_logit_softcapping",
+    "norm_eps": "rms_norm_eps",
 }
 
 
@@ -73,7 +74,6 @@ def hf_config(
         "intermediate_size": config.mlp_ratio * config.n_embd,
         "final_logit_softcapping": config.softcap or None,
         "hidden_act": "relu2",
-        "rms_norm_eps": torch.finfo(torch.float32).eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "attention_bias": False,
         "tie_word_embeddings": False,

@@ -26,28 +26,31 @@ class RMSNorm(torch.autograd.Function):
     "RMSNorm that keeps its result, not its input, for the backward pass."
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, eps: float | None) -> Tensor:
         z = upcast(x)
         mean_square = torch.linalg.vecdot(z, z)[..., None] / x.size(-1)
-        scale = (mean_square + torch.finfo(z.dtype).eps).rsqrt()
+        eps = torch.finfo(z.dtype).eps if eps is None else eps
+        scale = (mean_square + eps).rsqrt()
         y = (z * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         g, y = upcast(grad), upcast(y)
         along = torch.linalg.vecdot(g, y)[..., None] / y.size(-1)
-        return torch.addcmul(g, y, along, value=-1).mul_(scale).to(grad.dtype)
+        dx = torch.addcmul(g, y, along, value=-1).mul_(scale)
+        return dx.to(grad.dtype), None
 
 
 def rms_norm(
     x: Tensor,  # (..., C) vectors along the last axis
+    eps: float | None = None,  # added to the mean square; None: as PyTorch, 2^-23
 ) -> Tensor:  # (..., C) the same directions, each of length sqrt(C)
     "Divide every vector by its root mean square; no learned gain."
-    return RMSNorm.apply(x)
+    return RMSNorm.apply(x, eps)
 
 # %% ../nbs/02_mathematical_foundations.ipynb #02a79a38
 def cross_entropy(
@@ -99,19 +102,19 @@ def sample_next(
 
 # %% ../nbs/02_mathematical_foundations.ipynb #7b4393ea
 class ReLU2(torch.autograd.Function):
-    "The squared ReLU with a backward pass of two multiplications."
+    "The squared ReLU that keeps its result alone for the backward pass."
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
+        square = F.relu(x).square_()
+        ctx.save_for_backward(square)
+        return square
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return grad * positive * 2
+        (square,) = ctx.saved_tensors
+        return square.sqrt().mul_(grad).mul_(2)
 
 
 def relu2(

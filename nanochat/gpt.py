@@ -31,6 +31,7 @@ class GPTConfig:
     rope_base: float = 10_000.0  # longest wavelength of the rotary positions / 2 pi
     softcap: float = 15.0  # logits are squeezed into (-softcap, softcap); 0: not
     mlp_ratio: int = 4  # hidden width of the MLP / C
+    norm_eps: float = 2**-23  # added to the mean square in RMSNorm
     # Later ideas, each of them off:
     qk_scale: float = 1.0  # factor on normalised queries and on keys
     window_pattern: str = "L"  # for the layers in turn: L all positions, S a window
@@ -69,6 +70,7 @@ def check_config(c: GPTConfig) -> None:
     "Raise ValueError if no model of this config exists."
     sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     small = [f"{n}={getattr(c, n)}" for n in sizes if getattr(c, n) < 1]
+    least = min(c.mlp_ratio, c.rope_base, c.qk_scale, c.norm_eps)
     multiple = 2 * c.n_head  # a head needs an even size, because RoPE turns pairs
     rules = {
         f"{', '.join(small)}: sizes start at 1": not small,
@@ -78,8 +80,8 @@ def check_config(c: GPTConfig) -> None:
         or c.n_head % c.n_kv_head == 0,
         f"window_pattern={c.window_pattern!r}: use the letters L and S": c.window_pattern
         and set(c.window_pattern) <= {"L", "S"},
-        f"mlp_ratio={c.mlp_ratio}, rope_base={c.rope_base} and qk_scale={c.qk_scale} "
-        "must be positive": min(c.mlp_ratio, c.rope_base, c.qk_scale) > 0,
+        f"mlp_ratio={c.mlp_ratio}, rope_base={c.rope_base}, qk_scale={c.qk_scale} and "
+        f"norm_eps={c.norm_eps} must be positive": least > 0,
         f"softcap={c.softcap} and short_window={c.short_window} must not be negative: "
         "0 switches them off": min(c.softcap, c.short_window) >= 0,
         f"pad_vocab_to={c.pad_vocab_to} must be at least 1": c.pad_vocab_to >= 1,
@@ -117,7 +119,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp, self.eps = MLP(config), config.norm_eps
 
     def forward(
         self,
@@ -127,8 +129,8 @@ class Block(nn.Module):
         kv_cache: KVCache | None = None,
         extra: Tensor | None = None,  # (B, T, H_kv * D) vectors for the values
     ) -> Tensor:  # (B, T, C)
-        x = x + self.attn(rms_norm(x), cos, sin, kv_cache, extra)
-        return x + self.mlp(rms_norm(x))
+        x = x + self.attn(rms_norm(x, self.eps), cos, sin, kv_cache, extra)
+        return x + self.mlp(rms_norm(x, self.eps))
 
 # %% ../nbs/04_transformer_architecture.ipynb #3e78dc3d
 @torch.no_grad()
@@ -278,16 +280,16 @@ def forward(
     loss_reduction: str,
 ) -> Tensor:  # logits or loss
     "Run the model; positions continue where the cache ends."
-    config = model.config
+    config, eps = model.config, model.config.norm_eps
     check_ids(idx, targets, config.vocab_size)
     cos, sin = rotary_rows(model, idx.size(1), kv_cache)
-    x = start = rms_norm(model.transformer.wte(idx).to(model.dtype))
+    x = start = rms_norm(model.transformer.wte(idx).to(model.dtype), eps)
     for i, block in enumerate(model.transformer.h):
         x = weigh(model, i, x, start)
         x = block(x, cos, sin, kv_cache, extra_values(model, i, idx))
     if kv_cache is not None:
         kv_cache.advance(idx.size(1))
-    x, head = rms_norm(x), model.lm_head
+    x, head = rms_norm(x, eps), model.lm_head
     if targets is None:
         return softcap(head(x)[..., : config.vocab_size], config.softcap)
     return linear_cross_entropy(

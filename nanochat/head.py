@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import upcast
 
-CHUNK = {"cpu": 2**20, "cuda": 2**28}  # logits that exist at one time, unless
+CHUNK = {"cpu": 2**21, "cuda": 2**28}  # logits that exist at one time, unless
 MIN_ROWS = 128  # of a chunk need more: a product of fewer is slow
 
 # %% ../nbs/04_transformer_architecture.ipynb #f075e2e2
@@ -21,11 +21,11 @@ def exponentials(
     cap: float,  # 0: none
     vocab_size: int,  # V; later columns are padding
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    "Cap a chunk of logits; return e^z, its row sums, losses, and tanh(logits / cap)."
+    "Cap a chunk of logits; return e^z, its row sums, losses, and half of tanh(logits / cap)."
     z, bend = upcast(logits), None
     if cap:
-        bend = z.div_(cap).tanh_()
-        z = bend * cap
+        bend = z.mul_(2 / cap).sigmoid_().sub_(0.5)
+        z = bend * (2 * cap)
     if not 0 < cap <= 60:  # else e^z can neither overflow nor vanish in float32
         z = z.sub_(z[:, :vocab_size].amax(-1, keepdim=True))
     right = z.gather(1, targets)
@@ -38,14 +38,16 @@ def exponentials(
 def logits_gradient(
     e: Tensor,  # (N, rows) exponentials of the capped logits; used up
     total: Tensor,  # (N, 1) their sums
-    bend: Tensor | None,  # (N, rows) tanh(logits / cap); used up
+    bend: Tensor | None,  # (N, rows) tanh(logits / cap) / 2; used up
     targets: Tensor,  # (N, 1) ids
     share: Tensor,  # (N, 1) weight of each row in the loss
 ) -> Tensor:  # (N, rows)
     "Return the derivative of the weighted loss by the logits: share * (p - y) * slope."
-    p = e.mul_(share / total)
-    p.scatter_add_(1, targets, -share)
-    return p if bend is None else p.addcmul_(p, bend.square_(), value=-1)
+    p, pull = e.mul_(share / total), -share
+    if bend is not None:  # the slope is 1 - tanh^2
+        pull = pull.addcmul(share, bend.gather(1, targets).square(), value=4)
+        p.addcmul_(p, bend.square_(), value=-4)
+    return p.scatter_add_(1, targets, pull)
 
 # %% ../nbs/04_transformer_architecture.ipynb #26fc1752
 def walk_rows(

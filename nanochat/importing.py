@@ -8,7 +8,6 @@ __all__ = ['HARMLESS', 'read_json', 'config_from_hf', 'tokenizer_from_hf', 'read
 # %% ../nbs/08_implementation_details.ipynb #d5ef8aa6
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -49,6 +48,7 @@ def config_from_hf(
     rope = {"rope_type": "default", "rope_theta": record.get("rope_theta", 10_000.0)}
     rope |= record.get("rope_parameters") or {}
     number = lambda v: isinstance(v, (int, float)) and v >= 0
+    record = {"rms_norm_eps": 1e-6} | record  # transformers' default
     sizes = {ours: record.get(theirs) for ours, theirs in FIELDS.items()}
     if "final_logit_softcapping" in record:  # null switches it off there, 0 here
         sizes["softcap"] = sizes["softcap"] or 0
@@ -57,9 +57,6 @@ def config_from_hf(
     sizes["mlp_ratio"] //= max(1, sizes["n_embd"])
     config = checkpoint.read_config(sizes | {"rope_base": rope["rope_theta"]}, path)
     again = hf_config(config, 0, 0) | {"head_dim": config.n_embd // config.n_head}
-    if record.get("rms_norm_eps", 1e-6) == 1e-6:
-        warnings.warn(f"{path}: rms_norm_eps is 1e-6, here 1.2e-7", stacklevel=2)
-        again["rms_norm_eps"] = 1e-6
     asked = {k: v for k, v in record.items() if v and k not in HARMLESS}
     asked["rope_parameters"] = rope
     if odd := [f"{k}={v!r}" for k, v in asked.items() if v != again.get(k)]:

@@ -222,12 +222,12 @@ def test_b_what_transformers_saves_comes_back(tmp_path, kind, dtype, shard):
     assert tokenizer.fingerprint() == tiny_tokenizer().fingerprint()
 
 
-def test_b_transformers_epsilon_is_reported(copy):
-    edit(copy / "config.json", rms_norm_eps=1e-6)
-    with pytest.warns(UserWarning, match="rms_norm_eps"):
-        model, _ = load_foreign(copy)
-    theirs = AutoModelForCausalLM.from_pretrained(copy)
-    check_same_logits(theirs, model, atol=1e-4)
+@pytest.mark.parametrize("eps", [1e-6, 1e-3, "absent"])
+def test_b_epsilon_is_taken_over(copy, eps):
+    edit(copy / "config.json", rms_norm_eps=eps)
+    model, _ = load_foreign(copy)
+    assert model.config.norm_eps == (1e-6 if eps == "absent" else eps)
+    check_same_logits(AutoModelForCausalLM.from_pretrained(copy), model)
 
 
 def test_b_older_spellings_are_read(copy):
@@ -247,7 +247,7 @@ def test_b_older_spellings_are_read(copy):
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
         ({"intermediate_size": 500}, "intermediate_size=500"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-        ({"rms_norm_eps": 1e-3}, "rms_norm_eps=0.001"),
+        ({"rms_norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
         ({"head_dim": 64}, "head_dim=64"),
         ({"num_key_value_heads": 3}, "must divide"),
         ({"hidden_size": "wide"}, "no hidden_size"),

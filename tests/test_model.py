@@ -303,9 +303,9 @@ WRONG = [
     ({"window_pattern": "SsL"}, "window_pattern='SsL': use the letters L and S"),
     ({"short_window": -1}, "short_window=-1 must not be negative: 0 switches"),
     ({"softcap": -1.0}, "softcap=-1.0 and short_window=0 must not be negative"),
-    ({"rope_base": 0.0}, "rope_base=0.0 and qk_scale=1.0 must be positive"),
-    ({"qk_scale": -2.0}, "qk_scale=-2.0 must be positive"),
-    ({"mlp_ratio": 0}, "mlp_ratio=0, rope_base=10000.0 and qk_scale=1.0 must be"),
+    ({"rope_base": 0.0}, "rope_base=0.0, qk_scale=1.0 and norm_eps"),
+    ({"qk_scale": -2.0}, "qk_scale=-2.0 and norm_eps"),
+    ({"mlp_ratio": 0}, "mlp_ratio=0, rope_base=10000.0, qk_scale=1.0 and"),
     ({"pad_vocab_to": 0}, "pad_vocab_to=0 must be at least 1"),
     ({"value_embeds": True, "gate_inputs": 0}, "gate_inputs=0 must be between 1 and"),
     (
