@@ -10,11 +10,18 @@ import torch
 
 from nanochat import checkpoint
 from nanochat.chat_data import chat_batches
-from nanochat.common import UserError, compute_init, get_dist_info, print0, save_section
+from nanochat.common import (
+    UserError,
+    compute_init,
+    environment,
+    get_dist_info,
+    print0,
+    save_section,
+)
 from nanochat.dataloader import prefetch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
-from nanochat.plan import ChatConfig, make_plan
+from nanochat.plan import ChatConfig, check_fits, make_plan
 from nanochat.train import Run, train
 
 IDLE = {
@@ -30,6 +37,13 @@ def settings_hash(*parts) -> str:
     "Name a run by everything that determines its weights."
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def device_memory(device: torch.device) -> float:  # bytes
+    "Return the memory of a GPU, or of the machine."
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return environment()["memory_gib"] * 2**30
 
 
 def find_resume(folder, name: str, overwrite: bool):
@@ -60,6 +74,7 @@ def run_stage(
 ) -> dict:
     "Train one stage, from wherever an interrupted run stopped."
     world, device = get_dist_info()[2], model.get_device()
+    check_fits(plan, device_memory(device))
     chosen = {k: v for k, v in dataclasses.asdict(config).items() if k not in IDLE}
     settings = settings_hash(stage, chosen, tokenizer.fingerprint(), parent)
     folder = checkpoint.checkpoint_folder(source, tag)
@@ -138,7 +153,15 @@ def run_chat_stage(
         steps = max(
             1, count_rows(tokenizer, tasks[0], T) * T // config.total_batch_size
         )
-    plan = make_plan(model.config, B, config.total_batch_size, steps, world_size=world)
+    wide = 2 if device.type == "cuda" else 4
+    plan = make_plan(
+        model.config,
+        B,
+        config.total_batch_size,
+        steps,
+        world_size=world,
+        activation_bytes=wide,
+    )
     print0(
         f"{stage}: {len(tasks[0]):,} conversations, {steps} steps from {meta['path']}"
     )

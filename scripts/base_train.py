@@ -10,9 +10,9 @@ from nanochat.checkpoint import build_model
 from nanochat.common import compute_init, get_dist_info, print0, run_cli
 from nanochat.dataloader import batches
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.plan import BaseConfig, base_plan
+from nanochat.plan import BaseConfig, base_plan, check_fits
 from nanochat.tokenizer import get_tokenizer
-from scripts._stage import run_stage
+from scripts._stage import device_memory, run_stage
 
 
 def main(config: BaseConfig) -> None:
@@ -25,6 +25,7 @@ def main(config: BaseConfig) -> None:
         f"{plan.total_batch_size:,} tokens, {plan.flops:.2e} operations, about "
         f"{plan.memory / 2**30:.1f} GiB"
     )
+    check_fits(plan, device_memory(device))
     model = build_model(plan.model, device, config.seed)
     B, T = config.device_batch_size, config.max_seq_len
 

@@ -1,20 +1,34 @@
 """Say what a run will do, and what it needs, before it starts.
 
-python -m scripts.plan
-python -m scripts.plan --preset gpu8 --depth 26
+python -m scripts.plan                                      this machine
+python -m scripts.plan --depth 20 --gpus 8 --gpu h100       cards you do not have yet
+python -m scripts.plan --gpus 8 --gpu h100 --budget 100     the depth that dollars buy
+python -m scripts.plan --gpu 4090 --hours 12 --json True    or hours; for programs
 """
 
+import json
+import os
 import shutil
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from nanochat import common
-from nanochat.accounting import parameter_counts
-from nanochat.plan import BaseConfig, ChatConfig, base_plan
+from nanochat.accounting import parameter_counts, training_memory
+from nanochat.plan import (
+    GPUS,
+    BaseConfig,
+    ChatConfig,
+    base_plan,
+    choose_depth,
+    largest_batch,
+    published_memory,
+    training_seconds,
+)
 
 STAGES = {
     "tok_train": "learn {vocab:,} tokens from the training text",
@@ -33,7 +47,89 @@ STAGES = {
 class PlanConfig(BaseConfig):
     "The options of base_train, on which everything else depends."
 
+    gpu: str = (
+        ""  # plan for h100, h200, b200, a100-80, 4090 or 5090; empty: this machine
+    )
+    gpus: int = 1  # how many of them
+    price: float = 0.0  # dollars per card and hour; 0: that of the table, if it has one
+    budget: float = 0.0  # dollars for pretraining: picks the depth
+    hours: float = 0.0  # of pretraining: picks the depth
+    json: bool = False  # print one JSON object instead of a table
     name_only: bool = False  # print the preset's name and nothing else
+
+
+def cards_plan(config: PlanConfig, given: set[str]) -> dict:
+    "Plan a pretraining run on cards that need not be here."
+    if config.gpu not in GPUS:
+        raise common.UserError(f"--gpu is {config.gpu!r}: use {', '.join(GPUS)} or cpu")
+    if min(config.gpus, config.budget + 1, config.hours + 1, config.price + 1) < 1:
+        raise common.UserError("--gpus starts at 1; money and hours are not negative")
+    if "depth" in given and (config.budget or config.hours):
+        raise common.UserError("--budget and --hours pick the depth: leave --depth out")
+    gpu, world = GPUS[config.gpu], config.gpus
+    rent = (config.price or gpu.price) * world
+    hours = config.hours
+    if config.budget:
+        if not rent:
+            raise common.UserError(f"no price of a {config.gpu} is known: add --price")
+        hours = min(hours or config.budget / rent, config.budget / rent)
+    vocab = int(common.read_preset("tok_train", "gpu8")["vocab_size"])
+    if hours:
+        depth = choose_depth(config, vocab, gpu, world, hours)
+        config = replace(config, depth=depth)
+    shape = base_plan(replace(config, device_batch_size=1), vocab, world).model
+    most = largest_batch(shape, gpu, config.total_batch_size, world)
+    rows = config.device_batch_size if "device_batch_size" in given else most
+    plan = base_plan(replace(config, device_batch_size=rows), vocab, world)
+    published = published_memory(shape, rows, world) / 2**30
+    if rows > most:
+        raise common.UserError(
+            f"device_batch_size={rows} needs about {published:.0f} GiB, a {config.gpu} "
+            f"has {gpu.memory:.0f}: use at most {most}"
+        )
+    seconds, shards = training_seconds(plan, gpu, world), -(-plan.tokens * 4.8 // 250e6)
+    return {
+        "gpu": config.gpu,
+        "gpus": world,
+        **asdict(plan),
+        "micro_batches_per_gpu": plan.micro_batches // world,
+        "memory_by_part": training_memory(
+            shape, rows, 2, world, plan.micro_batches // world
+        ),
+        "memory_published_gib": round(published, 1),
+        "tokens_per_second": round(plan.tokens / seconds),
+        "hours": round(seconds / 3600, 2),
+        "dollars": round(rent * seconds / 3600, 2) if rent else None,
+        "shards": int(shards),
+        "disk_gb": round((shards * 95e6 + 8 * 2.6 * 4 * plan.parameters) / 1e9),
+    }
+
+
+def show_cards(facts: dict, console: Console) -> None:
+    "Print such a plan as a table."
+    shape, gib = facts["model"], 2**30
+    parts = facts["memory_by_part"]
+    money = (
+        "--price is needed" if facts["dollars"] is None else f"${facts['dollars']:,.0f}"
+    )
+    rows = {
+        "model": f"depth {shape['n_layer']}, width {shape['n_embd']}, "
+        f"{facts['parameters']:,} parameters, context {shape['sequence_len']}",
+        "text": f"{facts['tokens']:,} tokens in {facts['num_steps']:,} steps of "
+        f"{facts['total_batch_size']:,}",
+        "batch": f"{facts['micro_batches_per_gpu']} x {facts['device_batch_size']} rows "
+        f"on each of {facts['gpus']} {facts['gpu']} in a step",
+        "operations": f"{facts['flops']:.2e}",
+        "memory": f"{parts['total'] / gib:.1f} GiB counted for this code ("
+        + ", ".join(f"{k} {v / gib:.1f}" for k, v in parts.items() if k != "total")
+        + f"), {facts['memory_published_gib']} GiB as published runs would need",
+        "data": f"{facts['shards']:,} shards; {facts['disk_gb']:,} GB with checkpoints",
+        "time": f"{facts['hours']:,.1f} hours, {facts['tokens_per_second']:,} tokens/s "
+        "(fitted to published runs, chapter 6; evaluation and later stages not included)",
+        "cost": money,
+    }
+    for name, text in rows.items():
+        console.print(f"{name:11s} {text}")
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -49,6 +145,16 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def main(config: PlanConfig) -> None:
+    if config.gpu not in ("", "cpu"):
+        given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in sys.argv[1:]}
+        facts = cards_plan(config, given)
+        if config.json:
+            print(json.dumps(facts))
+        else:
+            show_cards(facts, Console(highlight=False))
+        return
+    if config.budget or config.hours or config.json or config.gpus != 1:
+        raise common.UserError("--gpus, --budget, --hours and --json need a --gpu")
     preset = common.detect_preset()
     device, world = common.compute_init(config.device), 8 if preset == "gpu8" else 1
     vocab = int(common.read_preset("tok_train", preset)["vocab_size"])
@@ -102,9 +208,13 @@ def main(config: PlanConfig) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    if "--name-only" in sys.argv:
+    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
+    cards = words[words.index("--gpu") + 1 :][:1] if "--gpu" in words else []
+    if cards and cards != ["cpu"] and "--preset" not in words:
+        os.environ["NANOCHAT_PRESET"] = "gpu8"  # its sizes, on any number of cards
+    elif cards:
+        os.environ["NANOCHAT_PRESET"] = "cpu"
+    if "--name-only" in words:
         try:
             print(common.detect_preset())
         except common.UserError as error:

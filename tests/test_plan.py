@@ -1,0 +1,129 @@
+"""The plan against what was published, and against wrong questions."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.plan import (
+    GPUS,
+    BaseConfig,
+    Gpu,
+    base_plan,
+    check_fits,
+    choose_depth,
+    largest_batch,
+    make_plan,
+    model_config,
+    published_memory,
+    training_seconds,
+    utilization,
+)
+
+HOURS = [  # card, ranks, depth, vocabulary, design, tokens of the run, hours
+    ("h100", 8, 20, 65_536, "default", 11_219_763_200, 172.57 / 60),
+    ("h100", 8, 32, 65_536, "default", 37_580_963_840, 31.3),
+    ("a100-80", 8, 20, 65_536, "default", 11_219_763_200, 6.6),
+    ("5090", 1, 20, 65_536, "default", 11_219_763_200, 3918 / 60),
+    ("4090", 1, 12, 32_768, "modern", 150_800 * 96.8 * 60, 96.8 / 60),
+]
+PEAKS = [  # ranks, depth, rows, GiB
+    (8, 20, 32, 75_422 / 1024),
+    (8, 32, 8, 77_017 / 1024),
+    (8, 34, 4, 69.8),
+    (1, 20, 8, 29.6),
+]
+
+
+@pytest.mark.parametrize("card, ranks, depth, vocab, arch, tokens, hours", HOURS)
+def test_hours_of_published_runs(card, ranks, depth, vocab, arch, tokens, hours):
+    plan = make_plan(model_config(depth, vocab, 2048, arch=arch), 1, 524_288, 1000)
+    seconds = training_seconds(plan, GPUS[card], ranks) * tokens / plan.tokens
+    assert seconds / 3600 == pytest.approx(hours, rel=0.15)
+
+
+@pytest.mark.parametrize("ranks, depth, rows, gib", PEAKS)
+def test_memory_of_published_runs(ranks, depth, rows, gib):
+    told = published_memory(model_config(depth, 65_536, 2048), rows, ranks)
+    assert told / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_our_count_is_below_what_was_published():
+    for ranks, depth, rows, _ in PEAKS:
+        plan = base_plan(BaseConfig(depth=depth, device_batch_size=rows), 65_536, ranks)
+        assert plan.memory < published_memory(plan.model, rows, ranks)
+
+
+@pytest.mark.parametrize(
+    "card, ranks, depth, rows",
+    [("h100", 8, 20, 32), ("h100", 8, 32, 8), ("5090", 1, 20, 8)],
+)
+def test_the_batches_that_were_published_fit(card, ranks, depth, rows):
+    c = model_config(depth, 65_536, 2048)
+    assert largest_batch(c, GPUS[card], 524_288, ranks) == rows
+
+
+def test_more_bandwidth_and_more_width_reach_more():
+    slow, fast = Gpu(80, 1e15, 2e12), Gpu(80, 1e15, 4e12)
+    assert utilization(slow, 1280) < utilization(fast, 1280)
+    assert utilization(slow, 768) < utilization(slow, 1280)
+
+
+def test_the_chosen_depth_is_the_deepest_in_the_time():
+    config, gpu = BaseConfig(), GPUS["h100"]
+    for hours in (0.5, 4, 30):
+        depth = choose_depth(config, 65_536, gpu, 8, hours)
+        need = []
+        for d in (depth, depth + 1):
+            rows = largest_batch(model_config(d, 65_536, 2048), gpu, 524_288, 8)
+            chosen = replace(config, depth=d, device_batch_size=rows)
+            plan = base_plan(chosen, 65_536, 8)
+            need.append(training_seconds(plan, gpu, 8) / 3600)
+        assert need[0] <= hours < need[1]
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers():
+    with pytest.raises(UserError, match=r"depth 34 needs \d+ GiB .* has 24 GiB"):
+        largest_batch(model_config(34, 65_536, 2048), GPUS["4090"], 524_288, 1)
+    with pytest.raises(UserError, match="train no model"):
+        choose_depth(BaseConfig(), 65_536, GPUS["h100"], 8, 1e-6)
+    plan = base_plan(BaseConfig(), 65_536)
+    check_fits(plan, plan.memory)
+    with pytest.raises(UserError, match=r"device_batch_size 32 needs .* halve"):
+        check_fits(plan, plan.memory - 1)
+
+
+def ask(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.plan", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_answers_in_a_table_and_in_json():
+    told = ask("--depth=20", "--gpus=8", "--gpu=h100", "--json=True")
+    facts = json.loads(told.stdout.splitlines()[-1])
+    assert facts["num_steps"] == 21_400 and facts["device_batch_size"] == 32
+    assert facts["hours"] == pytest.approx(172.57 / 60, rel=0.15)
+    assert facts["dollars"] == pytest.approx(24 * facts["hours"], abs=0.2)
+    assert facts["memory_by_part"]["total"] == facts["memory"]
+    table = ask("--gpus", "8", "--gpu", "h100", "--budget", "100").stdout
+    assert "depth 20" in table and "560,988,160" in table
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpu", "tpu"], "use h100"),
+        (["--gpu", "5090", "--budget", "50"], "add --price"),
+        (["--gpu", "h100", "--depth", "20", "--hours", "3"], "leave --depth out"),
+        (["--gpu", "h100", "--gpus", "0"], "starts at 1"),
+        (["--budget", "10"], "need a --gpu"),
+        (["--gpu", "h100", "--device-batch-size", "64"], "use at most 32"),
+    ],
+)
+def test_the_command_refuses_nonsense_in_one_line(options, message):
+    told = ask(*options)
+    assert told.returncode == 2 and message in " ".join(told.stderr.split())
+    assert "Traceback" not in told.stderr
