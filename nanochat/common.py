@@ -209,15 +209,22 @@ def parse_config(
     argv = [
         item for a in argv for item in (a.split("=", 1) if a.startswith("--") else [a])
     ]
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
+    switch = lambda a: kinds.get(a[2:].replace("-", "_")) in (bool, "bool")
+    argv = [  # a switch alone means True
+        item
+        for a, after in zip(argv, [*argv[1:], "--"])
+        for item in ([a, "True"] if switch(a) and after.startswith("--") else [a])
+    ]
     preset = ""
     if "--preset" in argv:
         at = argv.index("--preset")
         if at + 1 >= len(argv):
             raise UserError("--preset needs a value: cpu, gpu1 or gpu8")
         preset, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    preset_values = read_preset(stage, preset or detect_preset())
-    if unknown := set(preset_values) - fields:
+        os.environ["NANOCHAT_PRESET"] = preset  # for all that ask later
+    preset_values = read_preset(stage, detect_preset())
+    if unknown := set(preset_values) - kinds.keys():
         raise UserError(
             f"settings.ini sets {stage}.{unknown.pop()}, which does not exist"
         )

@@ -135,6 +135,8 @@ class BaseConfig:
     seed: int = 42
     tag: str = ""  # name of the run; empty: d<depth>
     overwrite: bool = False  # replace a finished run of other settings
+    dry_run: bool = False  # walk through one step without data or memory, then stop
+    world: int = 8  # ranks of a dry run
 
 # %% ../nbs/06_training_process.ipynb #85e72d26
 def base_plan(

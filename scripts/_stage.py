@@ -30,6 +30,8 @@ IDLE = {
     "overwrite",
     "eval_every",
     "save_every",
+    "dry_run",
+    "world",
 }  # no effect on weights
 
 

@@ -2,20 +2,34 @@
 
 python -m scripts.base_train --depth=6
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train
+python -m scripts.base_train --preset gpu8 --dry-run --world 8
 """
 
 import torch
 
 from nanochat.checkpoint import build_model
-from nanochat.common import compute_init, get_dist_info, print0, run_cli
+from nanochat.common import (
+    compute_init,
+    detect_preset,
+    get_dist_info,
+    print0,
+    read_preset,
+    run_cli,
+)
 from nanochat.dataloader import batches
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.plan import BaseConfig, base_plan, check_fits
 from nanochat.tokenizer import get_tokenizer
+from scripts._dry_run import dry_run
 from scripts._stage import device_memory, run_stage
 
 
 def main(config: BaseConfig) -> None:
+    if config.dry_run:
+        # The preset's vocabulary: a dry run needs no tokenizer.
+        return dry_run(
+            config, int(read_preset("tok_train", detect_preset())["vocab_size"])
+        )
     device, tokenizer = compute_init(config.device), get_tokenizer()
     world = get_dist_info()[2]
     vocab, gpu = tokenizer.get_vocab_size(), device.type == "cuda"

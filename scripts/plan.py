@@ -151,7 +151,7 @@ def main(config: PlanConfig) -> None:
         if config.json:
             print(json.dumps(facts))
         else:
-            show_cards(facts, Console(highlight=False))
+            show_cards(facts, Console(highlight=False, soft_wrap=True))
         return
     if config.budget or config.hours or config.json or config.gpus != 1:
         raise common.UserError("--gpus, --budget, --hours and --json need a --gpu")

@@ -254,10 +254,13 @@ def test_flags_win_over_the_preset(monkeypatch):
     assert parse_config(BaseConfig, "base_train", ["--depth=6"]).depth == 6
     gpu = parse_config(BaseConfig, "base_train", ["--preset", "gpu8"])
     assert (gpu.depth, gpu.total_batch_size) == (20, 524_288)
+    alone = parse_config(BaseConfig, "base_train", ["--overwrite", "--depth=5"])
+    assert alone.overwrite is True and alone.depth == 5
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu1", "gpu8"])
-def test_presets_name_existing_options(preset):
+def test_presets_name_existing_options(preset, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRESET", "")  # --preset sets it, for this process
     import configparser
 
     settings = configparser.ConfigParser()

@@ -1,12 +1,14 @@
 """The plan against what was published, and against wrong questions."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from nanochat.accounting import training_memory
 from nanochat.common import UserError
 from nanochat.plan import (
     GPUS,
@@ -22,6 +24,7 @@ from nanochat.plan import (
     training_seconds,
     utilization,
 )
+from scripts._dry_run import walk
 
 HOURS = [  # card, ranks, depth, vocabulary, design, tokens of the run, hours
     ("h100", 8, 20, 65_536, "default", 11_219_763_200, 172.57 / 60),
@@ -127,3 +130,33 @@ def test_the_command_refuses_nonsense_in_one_line(options, message):
     told = ask(*options)
     assert told.returncode == 2 and message in " ".join(told.stderr.split())
     assert "Traceback" not in told.stderr
+
+
+def test_a_dry_run_holds_what_was_planned():
+    "Eight ranks in one process: sizes of the real objects, and what they send."
+    config = BaseConfig(depth=20, device_batch_size=16, world=8, dry_run=True)
+    found = walk(config, 65_536)
+    params = 4 * 560_988_160
+    assert found["weights"] == found["gradients"] == params
+    told = training_memory(found["plan"].model, 16, 2, 8, 2)
+    assert found["optimizer"] == pytest.approx(told["optimizer"], rel=0.1)
+    for name in ("reduce_scatter_base", "allgather_base"):
+        calls, moved = found["collectives"][name]
+        assert calls == 5  # two tables, three shapes of matrices
+        assert params <= moved < 1.1 * params  # 20 matrices do not divide by 8
+    assert found["collectives"]["allreduce"][1] < 100  # a count and a loss
+    alone = walk(replace(config, world=1), 65_536)
+    assert not {"reduce_scatter_base", "allgather_base"} & alone["collectives"].keys()
+    assert found["optimizer"] < 1.1 * alone["optimizer"] / 8
+
+
+def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(tmp_path):
+    command = [sys.executable, "-m", "scripts.base_train", "--preset", "gpu8"]
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
+    go = lambda *more: subprocess.run(
+        [*command, "--dry-run", *more], capture_output=True, text=True, env=env
+    )
+    told = go("--world", "8")
+    assert told.returncode == 0 and "rank 0 of 8: 2 x 16 rows" in told.stdout
+    wrong = go("--world", "3")
+    assert wrong.returncode == 2 and "x 3 ranks: use" in wrong.stderr
