@@ -133,7 +133,7 @@ def explain_failure(
         steps, megabytes = list_steps(work.parent), -(-size // 10**6)
         last = f"step {steps[-1]} is whole" if steps else "there was none before it"
         number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "code: 28," in str(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         what = "disk full" if full else "cannot write"
         remedy = f"free {megabytes} MB" if full else "make the folder writable"
         raise UserError(
@@ -186,7 +186,7 @@ def read_meta(
                 damaged.append(name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path} is not a complete checkpoint ({error!r}): {remedy}"
+            f"{path} is not a complete checkpoint ({error}): {remedy}"
         ) from None
     if damaged:
         raise UserError(f"{path / damaged[0]} is damaged: {remedy}")
