@@ -123,11 +123,10 @@ class RunLog:
         self.active = get_dist_info()[0] == 0
         if not self.active:
             return
-        lines = (
-            self.path.read_text().splitlines() if start and self.path.exists() else []
-        )
+        old = self.path.read_text() if start and self.path.exists() else ""
+        lines = [line for line in old.splitlines(keepends=True) if line.endswith("}\n")]
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
-        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        write_atomic(self.path, "".join(kept))
 
     def write(self, **record) -> None:
         if self.active:

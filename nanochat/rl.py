@@ -41,6 +41,7 @@ class RLConfig:
     eval_examples: int = 200  # held-out questions
     eval_samples: int = 4  # replies to each, for pass@k
     save_every: int = -1  # steps between checkpoints; the last is always saved
+    keep: int = 2  # newest checkpoints that stay; 0: all
     seed: int = 0
     source_tag: str = ""  # which model to improve; empty: the deepest
     step: int = -1  # which checkpoint of it; -1: the last
@@ -262,6 +263,8 @@ def train_rl(
             log.write(step=step, **record)
             bar.update(step + 1, reward=f"{record['reward']:.3f}")
             stopping = stop.agreed(engine.model.get_device())
+            if step + 1 == config.num_steps:
+                break  # examined and saved below, also when asked to stop
             if stopping or is_due(step + 1, config.save_every):
                 save(step + 1, results)
             if stopping:

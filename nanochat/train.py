@@ -89,7 +89,7 @@ def evaluate_due(run: Run, step: int, log: RunLog) -> None:
     "Run the evaluators whose turn it is; always at the end."
     for every, evaluator in run.evaluators:
         last = step == run.num_steps
-        if last or (every > 0 and step % every == 0 and step > run.start):
+        if last or (every > 0 and step % every == 0 and step > 0):
             measured = evaluator()
             run.results.update(measured)
             log.write(step=step, **measured)
@@ -128,7 +128,9 @@ def train(
             bar.update(step + 1, loss=f"{smooth:.3f}", speed=f"{rate:,.0f} tok/s")
             stopping = stop.agreed(device)
             due = run.save_every > 0 and (step + 1) % run.save_every == 0
-            if run.save and (stopping or due) and step + 1 < run.num_steps:
+            if step + 1 == run.num_steps:
+                break  # measured and saved below, also when asked to stop
+            if run.save and (stopping or due):
                 run.save(step + 1, cursors, run.results)
             if stopping:
                 raise KeyboardInterrupt

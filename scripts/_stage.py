@@ -30,6 +30,7 @@ IDLE = {
     "overwrite",
     "eval_every",
     "save_every",
+    "keep",
     "dry_run",
     "world",
 }  # no effect on weights
@@ -49,17 +50,27 @@ def device_memory(device: torch.device) -> float:  # bytes
 
 
 def find_resume(folder, name: str, overwrite: bool):
-    "Return the checkpoint to continue from; None to begin; refuse another run's folder."
+    "Return the newest whole checkpoint of a run and its description, or None twice."
     steps = checkpoint.list_steps(folder)
     if not steps or overwrite:
-        return None
-    path = folder / f"step_{steps[-1]:06d}"
-    if checkpoint.read_meta(path)["settings"] != name:
-        raise UserError(
-            f"{folder} holds a run with other settings: choose another --tag, "
-            "or add --overwrite True to replace it"
-        )
-    return path
+        return None, None
+    for step in reversed(steps):
+        path = folder / f"step_{step:06d}"
+        try:
+            meta = checkpoint.read_meta(path)
+        except UserError as error:
+            print0(f"WARNING: {error}")
+            continue
+        if meta.get("settings") != name:
+            raise UserError(
+                f"{folder} holds a run with other settings: choose another --tag, "
+                "or add --overwrite True to replace it"
+            )
+        return path, meta
+    raise UserError(
+        f"no checkpoint in {folder} is whole: delete it, or add --overwrite True, to "
+        "begin again"
+    )
 
 
 def run_stage(
@@ -83,12 +94,11 @@ def run_stage(
     names = [f.name for f in dataclasses.fields(OptimConfig)]
     rates = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
     optimizer = setup_optimizer(model, OptimConfig(**rates))
-    path, meta, cursors = find_resume(folder, settings, config.overwrite), {}, None
-    if path is not None:
-        meta = checkpoint.read_meta(path)
-        if meta["step"] == plan.num_steps:
-            print0(f"{stage}: already finished, see {path}")
-            return meta["results"]
+    (path, meta), cursors = find_resume(folder, settings, config.overwrite), None
+    finished = path is not None and meta["step"] == plan.num_steps
+    if finished:
+        print0(f"{stage}: already finished, see {path}")
+    elif path is not None:
         cursors = checkpoint.load_training_state(path, model, optimizer)
         print0(f"{stage}: continuing from step {meta['step']} of {path}")
     factor, fall = getattr(config, "lr_frac", 1.0), config.warmdown_ratio
@@ -103,7 +113,8 @@ def run_stage(
             "tokenizer": tokenizer.fingerprint(),
             "results": results,
         }
-        checkpoint.save(folder, step, model, optimizer, cursors, facts)
+        keep = getattr(config, "keep", 2)
+        checkpoint.save(folder, step, model, optimizer, cursors, facts, keep)
 
     run = Run(
         name=stage,
@@ -114,13 +125,15 @@ def run_stage(
         evaluators=evaluators,
         save=save,
         save_every=config.save_every,
-        start=meta.get("step", 0),
-        results=meta.get("results", {}),
+        start=meta["step"] if meta else 0,
+        results=meta["results"] if meta else {},
     )
     called = model
     if config.compile and device.type == "cuda":
         called = torch.compile(model, dynamic=False)
-    results = train(called, optimizer, prefetch(make_batches(cursors)), run)
+    results = run.results
+    if not finished:
+        results = train(called, optimizer, prefetch(make_batches(cursors)), run)
     facts = {
         "parameters": model.num_params(),
         "steps": total,

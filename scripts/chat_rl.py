@@ -24,7 +24,7 @@ from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.spelling import SpellingBee
 from scripts._stage import find_resume, settings_hash
 
-IDLE = ("device", "overwrite", "save_every")  # no effect on weights
+IDLE = ("device", "overwrite", "save_every", "keep")  # no effect on weights
 
 
 def questions(task: str, split: str):
@@ -53,9 +53,8 @@ def main(config: RLConfig) -> None:
     tag = config.tag or Path(meta["path"]).parent.name
     folder = checkpoint.checkpoint_folder("rl", tag)
     optimizer, start, results = setup_optimizer(model), 0, {}
-    path = find_resume(folder, settings, config.overwrite)
+    path, done = find_resume(folder, settings, config.overwrite)
     if path is not None:
-        done = checkpoint.read_meta(path)
         start, results = done["step"], done["results"]
         checkpoint.load_training_state(path, model, optimizer)
         print0(f"chat_rl: {start} steps are done, see {path}")
@@ -68,7 +67,7 @@ def main(config: RLConfig) -> None:
             "tokenizer": tokenizer.fingerprint(),
             "results": results,
         }
-        checkpoint.save(folder, step, model, optimizer, None, facts)
+        checkpoint.save(folder, step, model, optimizer, None, facts, config.keep)
 
     engine = Engine(model, tokenizer)
     if start < config.num_steps:
@@ -81,7 +80,7 @@ def main(config: RLConfig) -> None:
     }
     save_section(
         "chat_rl",
-        {**flat, "seconds": results["seconds"], "steps": start or config.num_steps},
+        {**flat, "seconds": results["seconds"], "steps": config.num_steps},
     )
 
 

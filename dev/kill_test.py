@@ -1,0 +1,180 @@
+"""Kill training at random moments, resume it, and compare with a run that was left alone.
+
+    python dev/kill_test.py --kills 12 --seed 0
+
+Every stage runs once undisturbed. Then it is killed (SIGKILL, which no program can catch)
+at random moments and started again with the same command, until it has been killed often
+enough and is finished. Weights, optimizer state, cursors and loss curve must be the same
+bit for bit. Writes dev/records/kill_resume.json; a run of 48 kills takes some 15 minutes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+STEPS = {"base_train": 24, "mid_train": 16, "chat_sft": 16, "chat_rl": 12}
+FOLDERS = {
+    "base_train": "base",
+    "mid_train": "mid",
+    "chat_sft": "sft",
+    "chat_rl": "rl",
+}
+CHAT = "--device-batch-size=2 --total-batch-size=512 --eval-tokens=512 --eval-every=5"
+OPTIONS = {
+    "base_train": "--depth=1 --max-seq-len=128 --data=embedded " + CHAT,
+    "mid_train": CHAT,
+    "chat_sft": CHAT,
+    "chat_rl": "--examples-per-step=2 --num-samples=4 --max-new-tokens=8 "
+    "--eval-examples=4 --eval-samples=2 --eval-every=5 --init-lr-frac=1.0",
+}
+CLOCK = ("tokens_per_second", "seconds")  # what may differ in the log
+
+
+def work(stage: str, base: Path, options: list[str]) -> None:
+    "Be the process that runs a command and keeps what it says in a file."
+    said = open(base / "said.txt", "w", buffering=1)
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    sys.argv = [stage, *options]
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    runpy.run_module(f"scripts.{stage}", run_name="__main__")
+
+
+def start(stage: str, base: Path, quick: bool = False):  # the process
+    "Start a stage in a fork of this process, which has imported everything already."
+    steps = STEPS[stage] // 2 if quick else STEPS[stage]
+    name = "num-steps" if stage == "chat_rl" else "num-iterations"
+    options = [*OPTIONS[stage].split(), f"--{name}={steps}", "--save-every=3"]
+    options += ["--preset=cpu", "--device=cpu"]
+    options += ["--source=base"] if quick and stage == "chat_rl" else []
+    import_module(f"scripts.{stage}")
+    process = get_context("fork").Process(target=work, args=(stage, base, options))
+    process.start()
+    return process
+
+
+def finish(process, base: Path) -> None:
+    "Wait for a stage that must succeed."
+    process.join()
+    if process.exitcode:
+        raise SystemExit((base / "said.txt").read_text()[-2000:])
+
+
+def state(stage: str, base: Path) -> dict[str, str]:  # file -> SHA-256
+    "Name everything that must not depend on the kills."
+    folder = base / f"{FOLDERS[stage]}_checkpoints"
+    last = max(folder.glob("*/step_*"), key=lambda f: int(f.name[5:]))
+    found = {f.name: f.read_bytes() for f in sorted(last.iterdir())}
+    meta = json.loads(found.pop("meta.json"))
+    results = {k: v for k, v in meta["results"].items() if "seconds" not in k}
+    found["results"] = json.dumps([meta["step"], results]).encode()
+    log = base / "runs" / ("rl.jsonl" if stage == "chat_rl" else f"{stage}.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    curve = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    found["log"] = json.dumps(curve).encode()
+    return {k: hashlib.sha256(v).hexdigest() for k, v in found.items()}
+
+
+def interrupt(
+    stage: str,
+    base: Path,
+    kills: int,
+    seconds: float,  # of a whole run
+    dice: random.Random,
+    quick: bool = False,
+) -> list[dict]:  # when each kill struck and what it found
+    "Kill and resume a stage until it has been killed often enough and is finished."
+    struck = []
+    while len(struck) < kills:
+        process, moment = start(stage, base, quick), dice.uniform(0.1, 1.0) * seconds
+        process.join(moment)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            folder = base / f"{FOLDERS[stage]}_checkpoints"
+            steps = [int(f.name[5:]) for f in folder.glob("*/step_*")]
+            half = len(list(folder.glob("*/.step_*")))
+            record = {"after": round(moment, 2), "saved": max(steps, default=0)}
+            struck.append(record | {"half_written": half})
+        elif process.exitcode:
+            finish(process, base)
+        else:  # it was finished before its moment came: begin a new run
+            shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
+    finish(start(stage, base, quick), base)
+    return struck
+
+
+def check(
+    stage: str,
+    alone: Path,  # where the stages before this one are finished
+    kills: int,
+    dice: random.Random,
+    quick: bool = False,  # half the steps; RL starts from the base model
+) -> dict:  # what was compared
+    "Run a stage undisturbed and disturbed."
+    disturbed = Path(shutil.copytree(alone, alone.with_name(f"killed_{stage}")))
+    begun = time.time()
+    finish(start(stage, alone, quick), alone)
+    seconds = time.time() - begun
+    struck = interrupt(stage, disturbed, kills, seconds, dice, quick)
+    expected, found = state(stage, alone), state(stage, disturbed)
+    shutil.rmtree(disturbed)
+    different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+    return {
+        "stage": stage,
+        "seconds_alone": round(seconds, 1),
+        "kills": struck,
+        "sha256": expected,
+        "different": different,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=13, help="of each stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", default="base_train,mid_train,chat_sft,chat_rl")
+    options = parser.parse_args()
+    dice, records = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder) / "alone"
+        alone.mkdir()
+        flags = ["--vocab-size=600", "--max-chars=200000", "--preset=cpu"]
+        child = get_context("fork").Process(
+            target=work, args=("tok_train", alone, flags)
+        )
+        child.start()
+        finish(child, alone)
+        for stage in options.stages.split(","):
+            record = check(stage, alone, options.kills, dice)
+            records.append(record)
+            saved = [kill["saved"] for kill in record["kills"]]
+            verdict = f"DIFFERENT: {record['different']}" if record["different"] else ""
+            print(
+                f"{stage:10} {len(saved):3} kills, at saved steps {sorted(saved)}: "
+                f"{verdict or 'bit-identical'}",
+                flush=True,
+            )
+            result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
+            file = ROOT / "dev" / "records" / "kill_resume.json"
+            file.write_text(json.dumps(result | {"stages": records}, indent=1) + "\n")
+    sys.exit(any(record["different"] for record in records))
+
+
+if __name__ == "__main__":
+    main()
