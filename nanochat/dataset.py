@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -116,14 +117,14 @@ def open_chunks(
 
 
 def read_row_group(path: Path, index: int) -> list[str]:
-    "Read the documents of one row group."
+    "Read the documents of one row group; an empty one keeps its place."
     try:
         table = pq.ParquetFile(path).read_row_group(index, columns=["text"])
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"row group {index} of {path} is corrupt ({error}): delete it and fetch it again"
         ) from None
-    return [text for text in table.column("text").to_pylist() if text]
+    return table.column("text").to_pylist()
 
 # %% ../nbs/06_training_process.ipynb #29b22935
 def iter_documents(
@@ -138,12 +139,12 @@ def iter_documents(
     epoch, skip = cursor
     while epochs is None or epoch < epochs:
         passed = given = 0
-        for number, text in numbered_documents(split, data, skip):
+        for number, text in numbered_documents(split, data, skip, epoch):
             passed = number + 1
             if number % step == start:
                 given += 1
                 yield text, (epoch, passed)
-        if not given and not skip:
+        if not given and not skip and not epoch:
             raise UserError(
                 f"the {split} split of {data_folder(data)} has no text for stream "
                 f"{start} of {step}: add documents or use fewer streams"
@@ -155,18 +156,26 @@ def numbered_documents(
     split: str,  # "train" or "val"
     data: str,  # as in `data_folder`
     skip: int,  # documents to pass over
-) -> Iterator[tuple[int, str]]:  # number in the split's order, text
+    epoch: int = 0,  # its order; 0: that of the files
+) -> Iterator[tuple[int, str]]:  # number in the epoch's order, text
     "Number the documents of one epoch; skipped row groups are not read."
     all_files = list_files(data)
     pinned = validation_file(all_files)
     used = [f for f in all_files if pinned is None or (f == pinned) == (split == "val")]
+    chunks = (chunk for file in used for chunk in open_chunks(file))
+    if epoch:
+        chunks = list(chunks)
+        random.Random(epoch).shuffle(chunks)
     number = 0
-    for size, read in (chunk for file in used for chunk in open_chunks(file)):
+    for size, read in chunks:
         if size is not None and number + size <= skip:
             number += size
             continue
-        for text in read():
-            keep = pinned is not None or held_out(text) == (split == "val")
+        texts = read()
+        if epoch:
+            random.Random(1_000_003 * epoch + number).shuffle(texts)
+        for text in texts:
+            keep = text and (pinned is not None or held_out(text) == (split == "val"))
             if keep and number >= skip:
                 yield number, text
             number += 1
