@@ -1,0 +1,216 @@
+"""The stream of batches: nothing lost, nothing twice, and every position can be kept."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from itertools import count, islice
+from pathlib import Path
+from unittest.mock import patch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.dataloader import batches
+from nanochat.dataset import iter_documents
+
+CPU = torch.device("cpu")
+EPOCHS = 3
+WORLDS = pytest.mark.parametrize("world", range(1, 9))
+few = settings(max_examples=4, deadline=None, derandomize=True)
+
+
+class Words:
+    "A tokenizer for texts like `7*12`: twelve times token 7; 0 begins a document."
+
+    def get_bos_token_id(self) -> int:
+        return 0
+
+    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        split = (map(int, text.split("*")) for text in texts)
+        return [[prepend, *[token] * times] for token, times in split]
+
+
+def write_corpus(folder: Path, lengths: list[int | None], sizes: list[int]) -> set[str]:
+    "Write documents of some lengths (None: an empty one) in files with small row groups."
+    texts = ["" if n is None else f"{i + 1}*{n}" for i, n in enumerate(lengths)]
+    half = len(texts) // 3
+    for name, part, size in zip("ab", (texts[:half], texts[half:]), sizes):
+        table = pa.table({"text": pa.array(part, pa.string())})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=size)
+    pq.write_table(pa.table({"text": ["1*1"]}), folder / "val.parquet")
+    return set(filter(None, texts))
+
+
+@st.composite
+def corpora(draw, world: int):
+    "A world, its streams, documents enough for every stream, rows of a batch."
+    streams = world * draw(st.integers(1, 2))
+    lengths = draw(
+        st.lists(st.integers(1, 30), min_size=2 * streams, max_size=2 * streams + 30)
+    )
+    for place in draw(st.lists(st.integers(streams, len(lengths) - 1), max_size=3)):
+        lengths.insert(place, None)
+    sizes = draw(st.tuples(st.integers(3, 9), st.integers(5, 20)))
+    return world, streams, lengths, sizes, draw(st.integers(1, 3))
+
+
+def read(folder, start, step, epoch, epochs=1):
+    return list(
+        iter_documents("train", start, step, (epoch, 0), str(folder), epoch + epochs)
+    )
+
+
+def rank_batches(folder, rank, world, streams, shape, cursors=None, **options):
+    "What `batches` yields on one of several ranks."
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # read at the first next
+    source = batches(
+        Words(), "train", *shape, CPU, streams, cursors, str(folder), **options
+    )
+    while True:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        yield next(source)
+
+
+def every_stream(folder, world, streams, shape, steps, **options):
+    "Collect `steps` batches of every stream over all ranks; each from one rank only."
+    found = {}
+    for rank in range(world):
+        source = rank_batches(folder, rank, world, streams, shape, **options)
+        mine = {}
+        for batch in islice(source, steps * streams // world):
+            mine.setdefault(batch.stream, []).append(batch)
+        assert not mine.keys() & found.keys()
+        found |= mine
+    assert found.keys() == set(range(streams))
+    return found
+
+
+@WORLDS
+@few
+@given(st.data())
+def test_every_epoch_deals_every_document_once(world, data):
+    _, streams, lengths, sizes, _ = data.draw(corpora(world))
+    with tempfile.TemporaryDirectory() as folder:
+        texts = write_corpus(Path(folder), lengths, sizes)
+        orders = []
+        for epoch in range(EPOCHS):
+            whole = [t for t, _ in read(folder, 0, 1, epoch)]
+            assert Counter(whole) == Counter(texts)
+            dealt = [
+                t for s in range(streams) for t, _ in read(folder, s, streams, epoch)
+            ]
+            assert Counter(dealt) == Counter(texts)
+            assert whole == [t for t, _ in read(folder, 0, 1, epoch)]
+            orders.append(whole)
+        assert orders[0] == sorted(texts, key=lambda t: int(t.split("*")[0]))
+        if len(texts) > 12:
+            assert orders[0] != orders[1] != orders[2]
+
+
+@WORLDS
+@few
+@given(st.data())
+def test_ranks_cut_the_ribbon_without_overlap_or_loss(world, data):
+    _, streams, lengths, sizes, rows = data.draw(corpora(world))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ),
+    ):
+        write_corpus(Path(folder), lengths, sizes)
+        tokens = EPOCHS * sum(n + 1 for n in lengths if n) // streams
+        steps = max(1, tokens // (rows * 8))
+        found = every_stream(folder, world, streams, (rows, 8), steps)
+        for stream, got in found.items():
+            documents = (
+                text
+                for epoch in count()
+                for text, _ in read(folder, stream, streams, epoch)
+            )
+            ribbon = []
+            while len(ribbon) < steps * rows * 8 + 1:
+                ribbon += Words().encode([next(documents)], 0)[0]
+            inputs = torch.cat([b.inputs.flatten() for b in got]).tolist()
+            targets = torch.cat([b.targets.flatten() for b in got]).tolist()
+            assert inputs == ribbon[: len(inputs)]
+            assert targets == ribbon[1 : len(inputs) + 1]
+
+
+def pieces(row: list[int]) -> list[tuple[int, int]]:
+    "Split a row at the tokens that begin documents: (token, times)."
+    assert row[0] == 0
+    begins = [i for i, token in enumerate(row) if token == 0] + [len(row)]
+    found = []
+    for begin, end in zip(begins, begins[1:]):
+        inside = row[begin + 1 : end]
+        assert len(set(inside)) <= 1
+        found.append((inside[0] if inside else 0, len(inside)))
+    return found
+
+
+@WORLDS
+@few
+@given(st.data())
+def test_best_fit_uses_every_document_that_it_read(world, data):
+    _, streams, lengths, sizes, rows = data.draw(corpora(world))
+    T = 12
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ),
+        patch("nanochat.dataloader.packed_stream.__defaults__", ("", 6)),
+    ):
+        write_corpus(Path(folder), lengths, sizes)
+        full = {i + 1: n for i, n in enumerate(lengths) if n}
+        found = every_stream(folder, world, streams, (rows, T), 9, best_fit=True)
+        for stream, got in found.items():
+            cursor = got[-1].cursor
+            epochs = cursor["documents"][0] + 1
+            at = {p: t for t, p in read(folder, stream, streams, 0, epochs)}
+            until = tuple(cursor["documents"])
+            was_read = Counter(
+                int(t.split("*")[0]) for p, t in at.items() if p <= until
+            )
+            waits = Counter(int(at[tuple(p)].split("*")[0]) for p in cursor["waiting"])
+            used, cropped, unseen = Counter(), 0, 0
+            for batch in got:
+                for x, y in zip(batch.inputs.tolist(), batch.targets.tolist()):
+                    *inner, last = pieces([x[0], *y])
+                    assert all(full[token] == times for token, times in inner)
+                    used.update(token for token, _ in [*inner, last] if token)
+                    unseen += last[1] == 0  # cropped to its first token: which?
+                    cropped += full[last[0]] - last[1] if last[0] else 0
+            missing = was_read - waits - used
+            assert not (used + waits) - was_read
+            assert missing.total() == unseen
+            cropped += sum(full[token] * n for token, n in missing.items())
+            assert cursor["cropped"] == cropped
+
+
+@WORLDS
+@few
+@given(st.data(), st.integers(0, 12), st.booleans(), st.integers(0, 7))
+def test_a_cursor_continues_exactly(world, data, stop, best_fit, rank):
+    _, streams, lengths, sizes, rows = data.draw(corpora(world))
+    rank, shape = rank % world, (rows, 12)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ),
+        patch("nanochat.dataloader.packed_stream.__defaults__", ("", 6)),
+    ):
+        write_corpus(Path(folder), lengths, sizes)
+        turns, options = streams // world, {"best_fit": best_fit}
+        whole = rank_batches(folder, rank, world, streams, shape, **options)
+        cursors = {}
+        for batch in islice(whole, stop * turns):
+            cursors[str(batch.stream)] = batch.cursor
+        cursors = json.loads(json.dumps(cursors))
+        again = rank_batches(folder, rank, world, streams, shape, cursors, **options)
+        for _ in range(12 * turns):
+            expected, got = next(whole), next(again)
+            assert torch.equal(got.inputs, expected.inputs)
+            assert torch.equal(got.targets, expected.targets)
+            assert (got.stream, got.cursor) == (expected.stream, expected.cursor)
