@@ -249,18 +249,23 @@ def largest_batch(
     world_size: int,
 ) -> int:  # rows of a forward pass on one device
     "Find the largest power of two that fits a card and divides the step."
+    row = config.sequence_len * world_size
+    if total_batch_size % row:
+        raise UserError(
+            f"a step of {total_batch_size:,} tokens is not a whole number of rows of "
+            f"{config.sequence_len} on {world_size} ranks: use a multiple of {row:,}"
+        )
     rows, best = 1, 0
-    while total_batch_size % (rows * config.sequence_len * world_size) == 0:
+    while total_batch_size % (rows * row) == 0:
         if published_memory(config, rows, world_size) < 0.96 * gpu.memory * 2**30:
             best = rows
         rows *= 2
     if not best:
         need = published_memory(config, 1, world_size) / 2**30
         raise UserError(
-            f"depth {config.n_layer} needs {need:.0f} GiB with one row on each of "
-            f"{world_size} ranks, and a step of {total_batch_size:,} tokens a whole "
-            f"number of rows; the card has {gpu.memory:.0f} GiB: use a smaller depth, "
-            "more ranks or another total_batch_size"
+            f"depth {config.n_layer} needs about {need:.0f} GiB even with one row at a "
+            f"time on {world_size} cards, and each has {gpu.memory:.0f} GiB: use a "
+            "smaller depth or more cards"
         )
     return best
 
