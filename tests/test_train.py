@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -197,6 +198,36 @@ def test_two_ranks_train_like_one(base_dir, tiny):
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
     folder = base_dir / "base_checkpoints" / "ranks2" / "step_000020"
     assert len(list(folder.glob("optimizer_*_of_00002.safetensors"))) == 2
+
+
+@pytest.mark.timeout(240)
+def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
+    "The Slurm script with two torchrun agents on this machine."
+    tiny |= {"num_iterations": 12, "depth": 2}
+    one, tools = run_ranks(base_dir, 1, tiny), tmp_path_factory.mktemp("tools")
+    nodes = 'for i in 1 2; do "${@:2}" & done; wait -n && wait -n'
+    for name, body in (("srun", nodes), ("scontrol", "echo 127.0.0.1")):
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "7"}
+    job |= {"SLURM_GPUS_ON_NODE": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
+    command = ["bash", "dev/slurm.sh", "scripts.base_train", *flags, "--tag=nodes"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | job | {"PATH": path, "NANOCHAT_BASE_DIR": str(base_dir)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = losses(base_dir)
+    assert len(one) == len(two) == 12
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
 
 
 def test_plan_matches_published_sizes():
