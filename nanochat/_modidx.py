@@ -85,6 +85,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanochat.bpe.merge_pair': ('tokenization.html#merge_pair', 'nanochat/bpe.py'),
                               'nanochat.bpe.train_bpe': ('tokenization.html#train_bpe', 'nanochat/bpe.py')},
             'nanochat.chat_data': { 'nanochat.chat_data.chat_batches': ('training_process.html#chat_batches', 'nanochat/chat_data.py'),
+                                    'nanochat.chat_data.cut_to_fit': ('training_process.html#cut_to_fit', 'nanochat/chat_data.py'),
                                     'nanochat.chat_data.pack_row': ('training_process.html#pack_row', 'nanochat/chat_data.py'),
                                     'nanochat.chat_data.row_stream': ('training_process.html#row_stream', 'nanochat/chat_data.py')},
             'nanochat.chat_eval': { 'nanochat.chat_eval.ChatEvalConfig': ('evaluation.html#chatevalconfig', 'nanochat/chat_eval.py'),

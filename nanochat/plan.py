@@ -175,6 +175,8 @@ class ChatConfig:
     eval_tokens: int = 10_485_760
     save_every: int = -1
     mixture: str = "small"  # small: the embedded conversations; full: from the hub
+    extra: str = ""  # a .jsonl file of your own conversations, one on each line
+    extra_epochs: int = 1  # how often each of them is seen in one pass
     device: str = ""
     compile: bool = True
     seed: int = 42

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.chat_data import chat_batches
@@ -22,6 +23,8 @@ from nanochat.dataloader import prefetch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
 from nanochat.plan import ChatConfig, check_fits, make_plan
+from nanochat.tasks.common import TaskMixture
+from nanochat.tasks.customjson import CustomJSON
 from nanochat.train import Run, train
 
 IDLE = {
@@ -73,6 +76,18 @@ def find_resume(folder, name: str, overwrite: bool):
     )
 
 
+def too_long(cursors: dict, device: torch.device) -> dict[str, int]:
+    "Count over all ranks the conversations that were cut or dropped; {} for plain text."
+    found = {}
+    for what in ("cut", "dropped"):
+        if counts := [c[what] for c in cursors.values() if what in c]:
+            count = torch.tensor(sum(counts), device=device)
+            if dist.is_initialized():
+                dist.all_reduce(count)
+            found[f"conversations_{what}"] = int(count)
+    return found
+
+
 def run_stage(
     stage: str,  # name of the script
     source: str,  # "base", "mid" or "sft": where the checkpoint goes
@@ -106,6 +121,7 @@ def run_stage(
     total = plan.num_steps
 
     def save(step: int, cursors: dict, results: dict) -> None:
+        results |= too_long(cursors, device)
         facts = {
             "stage": stage,
             "settings": settings,
@@ -158,6 +174,9 @@ def run_chat_stage(
 ) -> dict:
     "Continue a model on conversations."
     device, world = compute_init(config.device), get_dist_info()[2]
+    if config.extra:
+        own = [CustomJSON(config.extra)] * config.extra_epochs
+        tasks = TaskMixture([tasks[0], *own]), tasks[1]
     model, tokenizer, meta = checkpoint.load_model(
         sources[0], device, config.source_tag
     )
@@ -194,7 +213,7 @@ def run_chat_stage(
                 "val_bpb": evaluate_bpb(model, stream(tasks[1], world), count, sizes)
             }
 
-    return run_stage(
+    results = run_stage(
         stage,
         sources[1],
         config,
@@ -206,6 +225,13 @@ def run_chat_stage(
         config.tag or Path(meta["path"]).parent.name,
         meta["sha256"]["model.safetensors"],
     )
+    cut, dropped = (results.get(f"conversations_{k}", 0) for k in ("cut", "dropped"))
+    if cut or dropped:
+        print0(
+            f"{stage}: {cut:,} conversations were cut after an answer and {dropped:,} "
+            f"dropped, because they are longer than {T} tokens"
+        )
+    return results
 
 
 def count_rows(tokenizer, task, seq_len: int) -> int:

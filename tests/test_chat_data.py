@@ -1,0 +1,128 @@
+"""Packed conversations: never cropped in the middle, never clogged, the mask as it was."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import checkpoint
+from nanochat.chat_data import chat_batches, row_stream
+from nanochat.common import UserError
+from nanochat.plan import ChatConfig
+
+CPU = torch.device("cpu")
+
+
+def talk(number: int, turns: int, words: int) -> dict:
+    "A conversation that can be recognised by its first word."
+    messages = []
+    for turn in range(turns):
+        messages += [
+            {"role": "user", "content": f"{number} question {turn}"},
+            {"role": "assistant", "content": " ".join(["word"] * words)},
+        ]
+    return {"messages": messages}
+
+
+def pieces(rows, bos: int) -> list[tuple[list[int], list[int]]]:
+    "Split packed rows into conversations again."
+    found = []
+    for ids, mask in rows:
+        starts = [i for i, t in enumerate(ids) if t == bos] + [len(ids)]
+        assert starts[0] == 0
+        for a, b in zip(starts, starts[1:]):
+            if b - a > 1:
+                found.append((ids[a:b], mask[a:b]))
+    return found
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 60)), min_size=70, max_size=90
+    ),
+    streams=st.integers(1, 2),
+)
+def test_every_conversation_is_whole_once_or_counted(tokenizer, sizes, streams):
+    chats = [talk(i, *size) for i, size in enumerate(sizes)]
+    T, bos = 64, tokenizer.get_bos_token_id()
+    end = tokenizer.encode_special("<|assistant_end|>")
+    whole = {tuple(r[0]): r for r in map(tokenizer.render_conversation, chats)}
+    for stream in range(streams):
+        source = row_stream(tokenizer, chats, stream, streams, (2, T), None, False)
+        seen, cursor = Counter(), {"epoch": 0}
+        while cursor["epoch"] < 2:
+            rows, cursor = next(source)
+            for ids, mask in pieces(rows, bos):
+                assert ids[-1] == end and any(mask)  # a complete answer
+                full = [r for k, r in whole.items() if k[: len(ids)] == tuple(ids)]
+                assert full and full[0][1][: len(ids)] == mask
+                seen[tuple(ids)] += 1
+        mine = len(chats[stream::streams])  # at least, of each epoch
+        waiting = len(cursor["waiting"])
+        assert sum(seen.values()) + waiting + cursor["dropped"] >= 2 * (mine - 1)
+        too_long = sum(len(k) > T + 1 for k in whole)
+        if streams == 1:
+            assert cursor["cut"] + cursor["dropped"] >= 2 * too_long
+
+
+def test_a_corpus_without_a_fitting_answer_is_an_error_not_a_loop(tokenizer):
+    chats = [talk(i, 1, 200) for i in range(70)]
+    with pytest.raises(UserError, match="not one of 70 conversations fits into 32"):
+        next(row_stream(tokenizer, chats, 0, 1, (1, 32), None, False))
+
+
+def test_counts_survive_a_resume(tokenizer):
+    chats = [talk(i, 1 + i % 4, 5) for i in range(80)]
+    straight = chat_batches(tokenizer, chats, 2, 64, CPU)
+    batches = [next(straight) for _ in range(60)]
+    again = chat_batches(
+        tokenizer, chats, 2, 64, CPU, cursors={"0": batches[29].cursor}
+    )
+    for batch in batches[30:]:
+        other = next(again)
+        assert torch.equal(batch.inputs, other.inputs) and batch.cursor == other.cursor
+    assert batches[-1].cursor["cut"] > 0
+
+
+def test_only_answers_carry_loss_through_the_loader(tokenizer):
+    chats = [talk(i, 2, 5) for i in range(80)]
+    batch = next(chat_batches(tokenizer, chats, 2, 128, CPU))
+    learnt = tokenizer.decode([t for t in batch.targets.flatten().tolist() if t >= 0])
+    assert "word" in learnt and "question" not in learnt
+    where = batch.targets >= 0
+    assert torch.equal(
+        batch.targets[:, :-1][where[:, :-1]], batch.inputs[:, 1:][where[:, :-1]]
+    )
+
+
+def test_own_conversations_join_and_too_long_ones_are_reported(
+    base_model, base_dir, capsys
+):
+    from scripts.mid_train import main
+
+    own = base_dir / "own.jsonl"
+    lines = [json.dumps(talk(i, 3, 40)) for i in range(30)]
+    own.write_text("\n".join(lines))
+    options = dict(
+        num_iterations=2, device_batch_size=2, total_batch_size=64, device="cpu"
+    )
+    options |= dict(eval_tokens=64, compile=False, extra=str(own), extra_epochs=3)
+    context = checkpoint.read_meta(base_model / "step_000008")["model_config"]
+    options["total_batch_size"] = 2 * context["sequence_len"]
+    main(ChatConfig(**options))
+    told = capsys.readouterr().out
+    plain = len_of_mixture()
+    assert f"{plain + 90:,} conversations" in told
+    assert "conversations were cut after an answer" in told
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        main(ChatConfig(**options | {"extra": "missing.jsonl"}))
+
+
+def len_of_mixture() -> int:
+    from scripts.mid_train import mixture
+
+    return len(mixture("small", "train"))
