@@ -29,6 +29,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.8, 0.95)  # decay of AdamW's two averages
     eps: float = 1e-10  # of AdamW
     method: str = "newton-schulz"  # or "polar-express"
+    matrix_dtype: torch.dtype | None = None  # of Muon's iteration; None: see Muon
 
 # %% ../nbs/07_optimization.ipynb #c43f4b03
 def roles(
@@ -232,6 +233,7 @@ def setup_optimizer(
             lr=config.matrix_lr,
             method=config.method,
             weight_decay=config.matrix_weight_decay,
+            dtype=config.matrix_dtype,
         )
     params = {name: p for named in roles.values() for name, p in named.items()}
     return Optimizers(adamw, muon, params)
