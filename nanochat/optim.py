@@ -30,6 +30,7 @@ class OptimConfig:
     eps: float = 1e-10  # of AdamW
     method: str = "newton-schulz"  # or "polar-express"
     matrix_dtype: torch.dtype | None = None  # of Muon's iteration; None: see Muon
+    matrix_beta2: float | None = None  # NorMuon's average per row; None: off
 
 # %% ../nbs/07_optimization.ipynb #c43f4b03
 def roles(
@@ -180,7 +181,9 @@ def merge_state(
         if name not in params:
             raise UserError(f"optimizer state has {name!r}, which the model lacks")
         pieces = [shard[key] for shard in shards if key in shard]
-        shape = torch.Size() if field == ["step"] else params[name].shape
+        shape = params[name].shape
+        if field[0] in ("step", "variance"):
+            shape = () if field[0] == "step" else (shape[0], 1)
         full[key] = pieces[0] if pieces[0].shape == shape else torch.cat(pieces)
         if full[key].shape != shape:
             raise UserError(f"{key}: {tuple(full[key].shape)} is not {tuple(shape)}")
@@ -234,6 +237,7 @@ def setup_optimizer(
             method=config.method,
             weight_decay=config.matrix_weight_decay,
             dtype=config.matrix_dtype,
+            beta2=config.matrix_beta2,
         )
     params = {name: p for named in roles.values() for name, p in named.items()}
     return Optimizers(adamw, muon, params)

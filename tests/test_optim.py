@@ -214,6 +214,38 @@ def test_cautious_decay_shrinks_only_with_the_update():
     assert p[1, 1] == plain[1, 1]
 
 
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_normuon_equals_its_definition(shape):
+    generator = torch.Generator().manual_seed(10)
+    first = torch.randn(shape, generator=generator)
+    params, want = [first, first.clone()], first.clone()
+    optimizer, average = Muon(params, lr=0.1, momentum=0.0, beta2=0.9), 0
+    for _ in range(3):
+        grad = torch.randn(shape, generator=generator)
+        for p in params:
+            p.grad = grad.clone()
+        update = orthogonalize(grad)
+        average = 0.9 * average + 0.1 * update.square().mean(1, keepdim=True)
+        even = update / average.sqrt()
+        even *= update.norm() / even.norm()
+        want = want - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * even
+        optimizer.step()
+    for p in params:
+        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+        assert optimizer.state[p]["variance"].shape == (shape[0], 1)
+        torch.testing.assert_close(optimizer.state[p]["variance"], average)
+
+
+def test_normuon_is_off_by_default_and_bears_zero_gradients():
+    plain, normed = torch.eye(4), torch.eye(4)
+    for p, beta2 in ((plain, None), (normed, 0.9)):
+        p.grad = torch.zeros(4, 4)
+        optimizer = Muon([p], beta2=beta2)
+        optimizer.step()
+        assert torch.equal(p, torch.eye(4))
+        assert ("variance" in optimizer.state[p]) == (beta2 is not None)
+
+
 def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match="takes matrices"):
         Muon([torch.zeros(3)])
@@ -291,15 +323,17 @@ def test_zero_grad_frees():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_resume_equals_uninterrupted():
+@pytest.mark.parametrize("beta2", [None, 0.9])
+def test_resume_equals_uninterrupted(beta2):
     straight, resumed = tiny_model(), tiny_model()
-    a, b = setup_optimizer(straight), setup_optimizer(resumed)
+    config = OptimConfig(matrix_beta2=beta2)
+    a, b = setup_optimizer(straight, config), setup_optimizer(resumed, config)
     for step in range(3):
         for model, optimizers in ((straight, a), (resumed, b)):
             fill_grads(model, step)
             optimizers.step()
     saved = {key: value.clone() for key, value in b.state_dict().items()}
-    b = setup_optimizer(resumed)
+    b = setup_optimizer(resumed, config)
     b.load_state_dict([saved])
     for step in range(3, 6):
         for model, optimizers in ((straight, a), (resumed, b)):
