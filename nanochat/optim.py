@@ -29,6 +29,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.8, 0.95)  # decay of AdamW's two averages
     eps: float = 1e-10  # of AdamW
     method: str = "newton-schulz"  # or "polar-express"
+    matrix_dtype: torch.dtype | None = None  # of Muon's iteration; None: see Muon
+    matrix_beta2: float | None = None  # NorMuon's average per row; None: off
 
 # %% ../nbs/07_optimization.ipynb #c43f4b03
 def roles(
@@ -179,7 +181,9 @@ def merge_state(
         if name not in params:
             raise UserError(f"optimizer state has {name!r}, which the model lacks")
         pieces = [shard[key] for shard in shards if key in shard]
-        shape = torch.Size() if field == ["step"] else params[name].shape
+        shape = params[name].shape
+        if field[0] in ("step", "variance"):
+            shape = () if field[0] == "step" else (shape[0], 1)
         full[key] = pieces[0] if pieces[0].shape == shape else torch.cat(pieces)
         if full[key].shape != shape:
             raise UserError(f"{key}: {tuple(full[key].shape)} is not {tuple(shape)}")
@@ -232,6 +236,8 @@ def setup_optimizer(
             lr=config.matrix_lr,
             method=config.method,
             weight_decay=config.matrix_weight_decay,
+            dtype=config.matrix_dtype,
+            beta2=config.matrix_beta2,
         )
     params = {name: p for named in roles.values() for name, p in named.items()}
     return Optimizers(adamw, muon, params)

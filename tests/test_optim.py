@@ -7,7 +7,7 @@ from torch import nn
 from nanochat.adamw import AdamW, own_rows
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import METHODS, Muon, deal, orthogonalize
+from nanochat.muon import METHODS, Muon, deal, iteration_flops, orthogonalize
 from nanochat.optim import (
     OptimConfig,
     assign_roles,
@@ -79,6 +79,93 @@ def test_orthogonalize_transposes():
     torch.testing.assert_close(orthogonalize(wide.mT), orthogonalize(wide).mT)
 
 
+def plain(matrix: torch.Tensor, method: str) -> torch.Tensor:
+    "Five steps on the full matrix, in nanochat's words."
+    margin, steps = METHODS[method]
+    tall = matrix.size(0) > matrix.size(1)
+    x = (matrix.mT if tall else matrix) / (margin * matrix.norm() + 1e-7)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def spectrum(shape: tuple[int, int], decades: float) -> torch.Tensor:
+    "A matrix whose singular values fall over so many decades."
+    g, small = torch.Generator().manual_seed(6), min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, small, generator=g))[0] for n in shape)
+    return u * torch.logspace(0, -decades, small) @ v.mT
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (64, 80)])
+@pytest.mark.parametrize("decades", [0, 3, 6, 10, None])
+def test_both_sides_equal_the_plain_iteration(method, shape, decades):
+    if decades is None:
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    else:
+        matrix = spectrum(shape, decades)
+    got, want = orthogonalize(matrix, method), plain(matrix, method)
+    assert (got - want).abs().max() < 1e-4
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+class CountProducts(torch.overrides.TorchFunctionMode):
+    "Add up the operations of all matrix products."
+
+    flops = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.baddbmm):
+            self.flops += 2 * out.numel() * args[-1].size(-2)
+        return out
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 11), (8, 32), (32, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cheaper_side_is_taken(shape, dtype):
+    with CountProducts() as count:
+        orthogonalize(torch.ones(2, *shape), dtype=dtype)
+    cost = iteration_flops(*shape)
+    if dtype is torch.bfloat16:  # too coarse for the Gram side
+        assert count.flops == 2 * cost["full"]
+    else:
+        assert count.flops == 2 * min(cost.values())
+    assert (cost["gram"] < cost["full"]) == (shape in [(8, 32), (32, 8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_of_the_iteration(dtype):
+    matrix = torch.randn(16, 64, generator=torch.Generator().manual_seed(8))
+    got, default = orthogonalize(matrix, dtype=dtype), orthogonalize(matrix)
+    error = (got - default).norm() / default.norm()
+    assert got.dtype is torch.float32
+    assert (1e-4 < error < 0.1) if dtype is torch.bfloat16 else 0 < error < 1e-5
+    p = matrix.clone()
+    p.grad = matrix
+    Muon([p], lr=1.0, momentum=0.5, nesterov=False, dtype=dtype).step()
+    torch.testing.assert_close(matrix - p, got, rtol=0, atol=1e-6)
+    optimizers = setup_optimizer(tiny_model(), OptimConfig(matrix_dtype=dtype))
+    assert optimizers.parts["muon"].param_groups[0]["dtype"] is dtype
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 128), (128, 32)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_equals_torch_in_bfloat16(shape, nesterov):
+    generator = torch.Generator().manual_seed(9)
+    p = torch.randn(shape, generator=generator)
+    q, options = p.clone(), dict(lr=0.1, momentum=0.95, nesterov=nesterov)
+    ours = Muon([p], dtype=torch.bfloat16, **options)
+    theirs = torch.optim.Muon([q], weight_decay=0.0, **options)
+    for _ in range(4):
+        p.grad = torch.randn(shape, generator=generator)
+        q.grad = p.grad.clone()
+        ours.step(), theirs.step()
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
+    assert (p - q).norm() < 1e-3 * p.norm()
+
+
 def test_orthogonalize_of_zero_is_zero():
     assert orthogonalize(torch.zeros(2, 4, 4)).eq(0).all()
 
@@ -125,6 +212,38 @@ def test_cautious_decay_shrinks_only_with_the_update():
     # The update lowers both: 1 shrinks (decay helps), -1 grows (decay would oppose).
     assert p[0, 0] == pytest.approx(plain[0, 0].item() - 0.05)
     assert p[1, 1] == plain[1, 1]
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_normuon_equals_its_definition(shape):
+    generator = torch.Generator().manual_seed(10)
+    first = torch.randn(shape, generator=generator)
+    params, want = [first, first.clone()], first.clone()
+    optimizer, average = Muon(params, lr=0.1, momentum=0.0, beta2=0.9), 0
+    for _ in range(3):
+        grad = torch.randn(shape, generator=generator)
+        for p in params:
+            p.grad = grad.clone()
+        update = orthogonalize(grad)
+        average = 0.9 * average + 0.1 * update.square().mean(1, keepdim=True)
+        even = update / average.sqrt()
+        even *= update.norm() / even.norm()
+        want = want - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * even
+        optimizer.step()
+    for p in params:
+        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+        assert optimizer.state[p]["variance"].shape == (shape[0], 1)
+        torch.testing.assert_close(optimizer.state[p]["variance"], average)
+
+
+def test_normuon_is_off_by_default_and_bears_zero_gradients():
+    plain, normed = torch.eye(4), torch.eye(4)
+    for p, beta2 in ((plain, None), (normed, 0.9)):
+        p.grad = torch.zeros(4, 4)
+        optimizer = Muon([p], beta2=beta2)
+        optimizer.step()
+        assert torch.equal(p, torch.eye(4))
+        assert ("variance" in optimizer.state[p]) == (beta2 is not None)
 
 
 def test_muon_refuses_what_is_no_matrix():
@@ -204,15 +323,17 @@ def test_zero_grad_frees():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_resume_equals_uninterrupted():
+@pytest.mark.parametrize("beta2", [None, 0.9])
+def test_resume_equals_uninterrupted(beta2):
     straight, resumed = tiny_model(), tiny_model()
-    a, b = setup_optimizer(straight), setup_optimizer(resumed)
+    config = OptimConfig(matrix_beta2=beta2)
+    a, b = setup_optimizer(straight, config), setup_optimizer(resumed, config)
     for step in range(3):
         for model, optimizers in ((straight, a), (resumed, b)):
             fill_grads(model, step)
             optimizers.step()
     saved = {key: value.clone() for key, value in b.state_dict().items()}
-    b = setup_optimizer(resumed)
+    b = setup_optimizer(resumed, config)
     b.load_state_dict([saved])
     for step in range(3, 6):
         for model, optimizers in ((straight, a), (resumed, b)):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import setup_optimizer
+from nanochat.optim import OptimConfig, setup_optimizer
 
 STEPS = 4
 # name -> (ranks, ranks of the run whose state is loaded; 0: a fresh start)
@@ -43,7 +43,7 @@ def take_step(model: GPT, optimizers, step: int, rank: int, world: int) -> None:
 def run(rank: int, folder: Path, world: int, start: int, shards: list[Path]) -> None:
     "One rank: load what there is, take the steps, save weights and state."
     model = tiny_model()
-    optimizers = setup_optimizer(model)
+    optimizers = setup_optimizer(model, OptimConfig(matrix_beta2=0.9))
     if shards:
         saved = [torch.load(path, weights_only=True) for path in shards]
         model.load_state_dict(saved[0]["model"])
@@ -115,7 +115,8 @@ def test_state_lives_on_its_owner_only(saved, world):
         state = record["state"]
         for name, owner in owners.items():
             if owner is not None:
-                assert (f"muon/{name}/momentum" in state) == (owner == rank), name
+                for field in ("momentum", "variance"):
+                    assert (f"muon/{name}/{field}" in state) == (owner == rank), name
         table = state["adamw/transformer.wte.weight/exp_avg"]
         assert table.shape == (60 // world, 24)
         assert state["adamw/gain/exp_avg"].shape == (3,)

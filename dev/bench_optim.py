@@ -1,0 +1,149 @@
+"""What does the optimizer cost on this CPU? Its share of a step, and the two iterations side by side.
+
+python dev/bench_optim.py --record dev/records/optim_bench.json      about two minutes
+
+A model of depth 4 (width 256, 4,096 tokens) takes steps of 4 x 256 tokens in float32 on two threads.
+Everything takes turns in one process; a ratio is the median of the ratios of neighbours in time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ["OMP_NUM_THREADS"] = os.environ.get("BENCH_THREADS", "2")
+
+import torch
+from torch import Tensor
+
+from nanochat.adamw import AdamW, run_jobs
+from nanochat.common import environment
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import METHODS, by_shape, orthogonalize
+from nanochat.optim import setup_optimizer
+
+CONFIG = GPTConfig(256, 4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
+ROWS, REPEAT = 4, 9
+
+
+def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
+    "nanochat's five steps on the full matrices, one matrix or a stack."
+    margin, steps = METHODS[method]
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def take_turns(steps: dict) -> dict[str, list[float]]:
+    "Seconds of each step, alternating; the first round is thrown away."
+    seconds = {name: [] for name in steps}
+    for _ in range(REPEAT + 1):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    "Median and quartiles of the ratios of neighbours in time."
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(slow, fast)), n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def share(model: GPT, optimizers) -> dict:
+    "Let training steps run; how much of each is the optimizer's?"
+    ids = torch.randint(CONFIG.vocab_size, (ROWS, CONFIG.sequence_len + 1))
+
+    def passes() -> None:
+        optimizers.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+
+    def plain_muon() -> None:
+        with patch("nanochat.muon.orthogonalize", lambda x, *_: plain(x)):
+            run_jobs(optimizers.parts["muon"].jobs())
+
+    steps = {k: lambda p=p: run_jobs(p.jobs()) for k, p in optimizers.parts.items()}
+    steps = {"passes": passes} | steps | {"plain muon": plain_muon}
+    seconds = take_turns(steps)
+    facts = {name: statistics.median(values) for name, values in seconds.items()}
+    facts = {"seconds": facts}
+    for muon in ("muon", "plain muon"):
+        ours = [a + b for a, b in zip(seconds["adamw"], seconds[muon])]
+        whole = [a + b for a, b in zip(seconds["passes"], ours)]
+        facts[f"share with {muon}"] = ratio(ours, whole)
+    return facts
+
+
+def iterations(model: GPT, method: str) -> dict:
+    "Orthogonalise what a step orthogonalises, in three ways, and compare the results."
+    g = torch.Generator().manual_seed(1)
+    grads = [
+        torch.randn(p.shape, generator=g) for p in model.transformer.h.parameters()
+    ]
+    stacks = [torch.stack(group) for group in by_shape(grads)]
+    ways = {
+        "ours": lambda: [orthogonalize(stack, method) for stack in stacks],
+        "plain, stacked": lambda: [plain(stack, method) for stack in stacks],
+        "plain, one by one": lambda: [plain(x, method) for s in stacks for x in s],
+    }
+    pairs = zip(ways["ours"](), ways["plain, stacked"]())
+    gap = max((a - b).abs().max().item() for a, b in pairs)
+    seconds = take_turns(ways)
+    ours = seconds.pop("ours")
+    facts = {f"speed against {k}": ratio(v, ours) for k, v in seconds.items()}
+    return facts | {"largest difference": gap}
+
+
+def adamw(model: GPT) -> dict:
+    "Our AdamW on the two tables beside torch's three."
+    grads = [
+        torch.randn_like(p)
+        for p in (model.transformer.wte.weight, model.lm_head.weight)
+    ]
+    makers = {"ours": (AdamW, {})} | {
+        name: (
+            torch.optim.AdamW,
+            {"foreach": name == "foreach", "fused": name == "fused"},
+        )
+        for name in ("loop", "foreach", "fused")
+    }
+    steps = {}
+    for name, (kind, options) in makers.items():
+        params = [torch.zeros_like(grad) for grad in grads]
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        steps[name] = kind(params, lr=1e-3, weight_decay=0.0, **options).step
+    seconds = take_turns(steps)
+    ours = seconds.pop("ours")
+    facts = {f"speed against torch's {k}": ratio(v, ours) for k, v in seconds.items()}
+    return facts | {"milliseconds": 1000 * statistics.median(ours)}
+
+
+def main() -> None:
+    "Measure, print, record."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    model.init_weights(0)
+    record = {"step": share(model, setup_optimizer(model))}
+    record["iteration"] = {method: iterations(model, method) for method in METHODS}
+    record["adamw"] = adamw(model)
+    record |= {"threads": torch.get_num_threads(), "environment": environment()}
+    text = json.dumps(record, indent=2)
+    print(text)
+    if args.record:
+        args.record.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
