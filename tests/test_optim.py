@@ -11,6 +11,8 @@ from nanochat.muon import METHODS, Muon, deal, iteration_flops, orthogonalize
 from nanochat.optim import (
     OptimConfig,
     assign_roles,
+    batch_lr_scale,
+    decay_scale,
     lr_scale,
     merge_state,
     muon_momentum,
@@ -375,6 +377,12 @@ def test_schedule():
     assert scales[0] == pytest.approx(0.1) and scales[9] == scales[80] == 1.0
     assert scales[90] == pytest.approx(0.55) and scales[99] == pytest.approx(0.145)
     assert lr_scale(0, 1) == 1.0 and lr_scale(7, 10, 0, 0) == 1.0
+
+
+def test_batch_and_horizon():
+    assert batch_lr_scale(524_288) == 1.0 and batch_lr_scale(4 * 524_288) == 2.0
+    assert batch_lr_scale(64, reference=256) == 0.5
+    assert decay_scale(2000, 1000) == 0.5 and decay_scale(1000, 1000, 0.5) == 2.0
 
 
 def test_momentum_schedule():
