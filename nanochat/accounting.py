@@ -136,7 +136,7 @@ def training_memory(
         "activations": activation_memory(c, device_batch_size, value_bytes),
         "loss": head + (2 if fp32 else 3) * 4 * chunk,
         "backward": head + max(head, widest * value_bytes * positions * c.n_embd),
-        "update": round(stack * (7 if fp32 else 4.5)),
+        "update": round(stack * (6 if fp32 else 4.5)),
     }
     summed = parts["gradients"] if micro_batches > 1 else 0
     forward = parts["activations"] + summed + max(parts["loss"], parts["backward"])
