@@ -2,9 +2,12 @@
 
 import builtins
 import errno
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from nanochat.train import StopSignal, accumulate
 from scripts._stage import find_resume
 from scripts.base_train import main
 
+ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(
     sequence_len=32, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16
 )
@@ -304,3 +308,15 @@ def test_a_resumed_log_repeats_what_the_checkpoint_does_not_know(base_dir):
     again = RunLog("base_train", start=3)
     again.write(step=3, loss=9.0)
     assert losses(base_dir) == [0.0, 1.0, 2.0, 9.0]
+
+
+def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
+    "The small version of dev/kill_test.py: every file and the log, bit for bit."
+    out = tmp_path / "kill_resume.json"
+    flags = ["--kills=2", "--stages=base_train,chat_rl", "--quick", f"--out={out}"]
+    command = [sys.executable, "dev/kill_test.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    base, rl = json.loads(out.read_text())["stages"]
+    assert len(base["kills"]) == len(rl["kills"]) == 2
+    assert len(base["sha256"]) == len(rl["sha256"]) == 5  # 3 files, results, log
