@@ -103,7 +103,9 @@ def interrupt(
     struck = []
     while len(struck) < kills:
         process, moment = start(stage, base, quick), dice.uniform(0.2, 1.0) * seconds
+        begun = time.time()
         process.join(moment)
+        lasted = time.time() - begun
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -112,9 +114,11 @@ def interrupt(
             half = len(list(folder.glob("*/.step_*")))
             record = {"after": round(moment, 2), "saved": max(steps, default=0)}
             struck.append(record | {"half_written": half})
+            print(stage, struck[-1], file=sys.stderr, flush=True)
         elif process.exitcode:
             finish(process, base)
         else:  # it was finished before its moment came: begin a new run
+            seconds = min(seconds, lasted)
             shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
     finish(start(stage, base, quick), base)
     return struck
