@@ -103,9 +103,7 @@ def interrupt(
     struck = []
     while len(struck) < kills:
         process, moment = start(stage, base, quick), dice.uniform(0.2, 1.0) * seconds
-        begun = time.time()
         process.join(moment)
-        lasted = time.time() - begun
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -118,7 +116,7 @@ def interrupt(
         elif process.exitcode:
             finish(process, base)
         else:  # it was finished before its moment came: begin a new run
-            seconds = min(seconds, lasted)
+            seconds *= 0.9
             shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
     finish(start(stage, base, quick), base)
     return struck
