@@ -23,11 +23,13 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-STEPS = {"base_train": 24, "mid_train": 16, "chat_sft": 16, "chat_rl": 12}
+STEPS = {"base_train": 48, "mid_train": 48, "chat_sft": 48, "chat_rl": 24}
 FOLDERS = {
     "base_train": "base",
     "mid_train": "mid",
@@ -62,7 +64,6 @@ def start(stage: str, base: Path, quick: bool = False):  # the process
     options = [*OPTIONS[stage].split(), f"--{name}={steps}", "--save-every=3"]
     options += ["--preset=cpu", "--device=cpu"]
     options += ["--source=base"] if quick and stage == "chat_rl" else []
-    import_module(f"scripts.{stage}")
     process = get_context("fork").Process(target=work, args=(stage, base, options))
     process.start()
     return process
@@ -101,7 +102,7 @@ def interrupt(
     "Kill and resume a stage until it has been killed often enough and is finished."
     struck = []
     while len(struck) < kills:
-        process, moment = start(stage, base, quick), dice.uniform(0.1, 1.0) * seconds
+        process, moment = start(stage, base, quick), dice.uniform(0.2, 1.0) * seconds
         process.join(moment)
         process.kill()
         process.join()
@@ -111,9 +112,11 @@ def interrupt(
             half = len(list(folder.glob("*/.step_*")))
             record = {"after": round(moment, 2), "saved": max(steps, default=0)}
             struck.append(record | {"half_written": half})
+            print(stage, struck[-1], file=sys.stderr, flush=True)
         elif process.exitcode:
             finish(process, base)
         else:  # it was finished before its moment came: begin a new run
+            seconds *= 0.9
             shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
     finish(start(stage, base, quick), base)
     return struck
@@ -127,6 +130,9 @@ def check(
     quick: bool = False,  # half the steps; RL starts from the base model
 ) -> dict:  # what was compared
     "Run a stage undisturbed and disturbed."
+    import_module(f"scripts.{stage}")
+    with torch.device("meta"):
+        torch.nn.Embedding(1, 1)  # imports for seconds what every stage needs
     disturbed = Path(shutil.copytree(alone, alone.with_name(f"killed_{stage}")))
     begun = time.time()
     finish(start(stage, alone, quick), alone)
@@ -149,6 +155,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=13, help="of each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="base_train,mid_train,chat_sft,chat_rl")
+    parser.add_argument("--quick", action="store_true", help="half the steps, no SFT")
+    record = ROOT / "dev" / "records" / "kill_resume.json"
+    parser.add_argument("--out", type=Path, default=record)
     options = parser.parse_args()
     dice, records = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +170,7 @@ def main() -> None:
         child.start()
         finish(child, alone)
         for stage in options.stages.split(","):
-            record = check(stage, alone, options.kills, dice)
+            record = check(stage, alone, options.kills, dice, options.quick)
             records.append(record)
             saved = [kill["saved"] for kill in record["kills"]]
             verdict = f"DIFFERENT: {record['different']}" if record["different"] else ""
@@ -171,8 +180,8 @@ def main() -> None:
                 flush=True,
             )
             result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
-            file = ROOT / "dev" / "records" / "kill_resume.json"
-            file.write_text(json.dumps(result | {"stages": records}, indent=1) + "\n")
+            text = json.dumps(result | {"stages": records}, indent=1) + "\n"
+            options.out.write_text(text)
     sys.exit(any(record["different"] for record in records))
 
 

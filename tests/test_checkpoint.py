@@ -2,24 +2,31 @@
 
 import builtins
 import errno
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from test_train import losses, random_batch, weights_hash
 
 from nanochat import checkpoint, common
 from nanochat.common import RunLog, UserError
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
-from nanochat.plan import BaseConfig
+from nanochat.plan import BaseConfig, model_config
 from nanochat.train import StopSignal, accumulate
 from scripts._stage import find_resume
 from scripts.base_train import main
 
+ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(
     sequence_len=32, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=16
 )
@@ -304,3 +311,35 @@ def test_a_resumed_log_repeats_what_the_checkpoint_does_not_know(base_dir):
     again = RunLog("base_train", start=3)
     again.write(step=3, loss=9.0)
     assert losses(base_dir) == [0.0, 1.0, 2.0, 9.0]
+
+
+def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
+    "The small version of dev/kill_test.py: every file and the log, bit for bit."
+    out = tmp_path / "kill_resume.json"
+    flags = ["--kills=2", "--stages=base_train,chat_rl", "--quick", f"--out={out}"]
+    command = [sys.executable, "dev/kill_test.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    base, rl = json.loads(out.read_text())["stages"]
+    assert len(base["kills"]) == len(rl["kills"]) == 2
+    assert len(base["sha256"]) == len(rl["sha256"]) == 5  # 3 files, results, log
+
+
+def test_a_save_takes_less_than_a_step(tmp_path):
+    "At depth 4 with the batch of the cpu preset, 4,096 tokens."
+    model = GPT(model_config(4, 2048, 256))
+    model.init_weights(0)
+    optimizer = setup_optimizer(model)
+    ids = torch.randint(2048, (16, 257), generator=torch.Generator().manual_seed(0))
+    step, save = [], []
+    for i in range(3):
+        begun = time.perf_counter()
+        accumulate(model, [Batch(ids[:, :-1], ids[:, 1:].clone())])
+        optimizer.step()
+        optimizer.zero_grad()
+        step.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        checkpoint.save(tmp_path, i, model, optimizer)
+        save.append(time.perf_counter() - begun)
+    print(f"a save takes {min(save):.2f} s, a step {min(step):.2f} s")
+    assert min(save) < min(step)

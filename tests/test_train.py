@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -166,10 +167,10 @@ def test_kill_then_resume(base_dir, tiny):
     assert checkpoint.list_steps(folder)[-1] == 400
 
 
-def run_ranks(base: Path, ranks: int, tiny: dict) -> list[float]:
+def run_ranks(base: Path, ranks: int, tiny: dict, tag: str = "") -> list[float]:
     env = dict(os.environ, NANOCHAT_BASE_DIR=str(base), OMP_NUM_THREADS="1")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
-    flags += [f"--tag=ranks{ranks}"]
+    flags += [f"--tag={tag or f'ranks{ranks}'}"]
     launch = [sys.executable, "-m"]
     if ranks > 1:
         launch += [
@@ -228,6 +229,29 @@ def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
     two = losses(base_dir)
     assert len(one) == len(two) == 12
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_ranks_continues_with_the_same_text(
+    base_dir, tiny, before, after
+):
+    tiny |= {"num_iterations": 12, "depth": 2, "save_every": 6}
+    expected = run_ranks(base_dir, before, tiny, "run")
+    last = base_dir / "base_checkpoints" / "run" / "step_000012"
+    read = lambda: {  # stream -> cursor, of all ranks
+        k: v
+        for file in last.glob("cursors_*.json")
+        for k, v in json.loads(file.read_text()).items()
+    }
+    cursors = read()
+    shutil.rmtree(last)
+    found = run_ranks(base_dir, after, tiny, "run")
+    assert len(list(last.glob("optimizer_*"))) == after
+    assert read() == cursors and cursors
+    assert found[:6] == expected[:6]
+    assert max(abs(a - b) for a, b in zip(found, expected)) < 1e-4
+    assert len(found) == 12
 
 
 def test_plan_matches_published_sizes():
