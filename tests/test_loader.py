@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.dataloader import batches, take_row
+from nanochat.common import UserError
+from nanochat.dataloader import batches, prefetch, take_row
 from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT
 from nanochat.plan import model_config
@@ -255,3 +256,14 @@ def test_loader_is_20_times_faster_than_the_d4_model(tokenizer, best_fit):
         f"best_fit={best_fit}: {made:,.0f} of {eaten:,.0f} tokens/s, {made / eaten:.0f}x"
     )
     assert made >= 20 * eaten
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    def source():
+        yield from range(9)
+        raise UserError("no more text")
+
+    ahead = prefetch(source(), depth=2)
+    assert list(islice(ahead, 9)) == list(range(9))
+    with pytest.raises(UserError, match="no more text"):
+        next(ahead)
