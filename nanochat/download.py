@@ -158,11 +158,7 @@ def fetch_all(
         )
     known = checksums(bases, **options) if missing else {}
     get = partial(fetch, bases=bases, folder=folder, check=check, **options)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for done, path in enumerate(
-            pool.map(lambda name: get(name, sha256=known.get(name, "")), names)
-        ):
-            print(f"{done + 1}/{len(names)} {path}", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(workers) as pool:
+        paths = pool.map(lambda name: get(name, sha256=known.get(name, "")), names)
+        for done, path in enumerate(paths, 1):
+            print(f"{done}/{len(names)} {path}", flush=True)

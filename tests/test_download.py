@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         rest, status = body[begin:], 206 if begin else 200
         if trick in ("cut", "stall"):
             self.reply(status, rest[: len(rest) // 2], len(rest), **extra)
-            time.sleep(1.5 if trick == "stall" else 0)
+            time.sleep(6 if trick == "stall" else 0)
         elif trick == "corrupt":
             spoiled = rest[:-7] + bytes([rest[-7] ^ 1]) + rest[-6:]
             self.reply(status, spoiled, **extra)
@@ -132,8 +132,9 @@ HALF = "bytes=150000-"
     ],
 )
 def test_whole_after_trouble(serve, tmp_path, script, ranges):
-    server = serve(list(script))
+    server, begin = serve(list(script)), time.monotonic()
     assert get(tmp_path, server).read_bytes() == BODY
+    assert time.monotonic() - begin < 5  # not as long as the server stalls
     assert server.ranges("x") == ranges
     assert only(tmp_path, "x")
     get(tmp_path, server)
