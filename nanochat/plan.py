@@ -130,6 +130,7 @@ class BaseConfig:
     eval_tokens: int = 10_485_760  # validation tokens of a measurement
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     data: str = ""  # embedded, hub, or a path to .parquet or .txt files
+    best_fit: bool = False  # rows begin with a document; what does not fit is cropped
     device: str = ""  # cuda, mps or cpu; empty: the fastest present
     compile: bool = True  # torch.compile on GPUs
     seed: int = 42

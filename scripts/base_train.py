@@ -44,7 +44,10 @@ def main(config: BaseConfig) -> None:
     B, T = config.device_batch_size, config.max_seq_len
 
     def stream(split: str, streams: int, cursors: dict | None = None):
-        return batches(tokenizer, split, B, T, device, streams, cursors, config.data)
+        fit = config.best_fit and split == "train"
+        return batches(
+            tokenizer, split, B, T, device, streams, cursors, config.data, best_fit=fit
+        )
 
     def validate() -> dict:
         steps = max(1, config.eval_tokens // (B * T * world))

@@ -296,3 +296,12 @@ def test_finished_run_is_not_replaced_by_other_settings(base_model, tiny):
     before = weights_hash(base_model)
     main(BaseConfig(**{**tiny, "matrix_lr": 0.01, "overwrite": True}))
     assert weights_hash(base_model) != before
+
+
+def test_best_fit_is_an_option_and_another_run(base_dir, tiny):
+    main(BaseConfig(**tiny, best_fit=True))
+    folder = base_dir / "base_checkpoints" / "d1" / "step_000008"
+    cursors = json.loads((folder / "cursors_00000.json").read_text())
+    assert "cropped" in json.dumps(cursors)
+    with pytest.raises(UserError, match="other settings"):
+        main(BaseConfig(**tiny))
