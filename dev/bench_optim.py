@@ -1,6 +1,6 @@
 """What does the optimizer cost on this CPU? Its share of a step, and the two iterations side by side.
 
-python dev/bench_optim.py --record dev/records/optim_bench.json      about three minutes
+python dev/bench_optim.py --record dev/records/optim_bench.json      about five minutes on a busy machine
 
 A model of depth 4 (width 256, 4,096 tokens) takes steps of 4 x 256 tokens in float32: on one thread
 in seconds of the processor, which a busy machine hardly changes, and on two in seconds of the clock.
