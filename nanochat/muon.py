@@ -222,11 +222,8 @@ class Muon(torch.optim.Optimizer):
 
     def stacks(self) -> list[tuple[list[Tensor], dict]]:  # (parameters, their group)
         "Return the stacks of equally shaped matrices, in the same order on all ranks."
-        return [
-            (params, group)
-            for group in self.param_groups
-            for params in by_shape(group["params"])
-        ]
+        groups = self.param_groups
+        return [(params, g) for g in groups for params in by_shape(g["params"])]
 
     def owners(self) -> dict[Tensor, int]:  # parameter -> rank that updates it
         "Tell who owns which matrix."
