@@ -36,13 +36,13 @@ FOLDERS = {
     "chat_sft": "sft",
     "chat_rl": "rl",
 }
-CHAT = "--device-batch-size=2 --total-batch-size=512 --eval-tokens=512 --eval-every=5"
+CHAT = "--device-batch-size=2 --total-batch-size=512 --eval-tokens=512 --eval-every=3"
 OPTIONS = {
     "base_train": "--depth=1 --max-seq-len=128 --data=embedded " + CHAT,
     "mid_train": CHAT,
     "chat_sft": CHAT,
     "chat_rl": "--examples-per-step=2 --num-samples=4 --max-new-tokens=8 "
-    "--eval-examples=4 --eval-samples=2 --eval-every=5 --init-lr-frac=1.0",
+    "--eval-examples=4 --eval-samples=2 --eval-every=3 --init-lr-frac=1.0",
 }
 CLOCK = ("tokens_per_second", "seconds")  # what may differ in the log
 

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'UserError', 'get_base_dir', 'write_atomic', 'get_dist_inf
 # %% ../nbs/01_introduction.ipynb #22827231
 import configparser
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -253,7 +254,12 @@ def run_cli(
     except (UserError, OSError) as error:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
-        console.print(f"error: {error}", style="red", markup=False)
+        number = getattr(error, "errno", None)
+        hint = {errno.ENOSPC: "free some space and run the same command again"}
+        closed = f"make {get_base_dir()} writable, or set NANOCHAT_BASE_DIR"
+        hint |= {errno.EROFS: closed, errno.EACCES: closed}
+        said = f"{error}: {hint[number]}" if number in hint else str(error)
+        console.print(f"error: {said}", style="red", markup=False)
         sys.exit(2)
     finally:
         compute_cleanup()

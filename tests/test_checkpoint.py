@@ -343,3 +343,19 @@ def test_a_save_takes_less_than_a_step(tmp_path):
         save.append(time.perf_counter() - begun)
     print(f"a save takes {min(save):.2f} s, a step {min(step):.2f} s")
     assert min(save) < min(step)
+
+
+@pytest.mark.parametrize(
+    "number, remedy", [(28, "free some space"), (30, "NANOCHAT_BASE_DIR")]
+)
+def test_any_command_says_what_to_do_about_the_disk(
+    base_dir, monkeypatch, capsys, number, remedy
+):
+    def fail(config):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "argv", ["base_train"])
+    with pytest.raises(SystemExit) as stopped:
+        common.run_cli(fail, BaseConfig, "base_train")
+    assert stopped.value.code == 2
+    assert remedy in capsys.readouterr().err
