@@ -129,6 +129,7 @@ class BaseConfig:
     eval_every: int = 250  # steps between measurements; -1: only at the end
     eval_tokens: int = 10_485_760  # validation tokens of a measurement
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints that stay; 0: all
     data: str = ""  # embedded, hub, or a path to .parquet or .txt files
     best_fit: bool = False  # rows begin with a document; what does not fit is cropped
     device: str = ""  # cuda, mps or cpu; empty: the fastest present
@@ -175,6 +176,7 @@ class ChatConfig:
     eval_every: int = 150
     eval_tokens: int = 10_485_760
     save_every: int = -1
+    keep: int = 2
     mixture: str = "small"  # small: the embedded conversations; full: from the hub
     extra: str = ""  # a .jsonl file of your own conversations, one on each line
     extra_epochs: int = 1  # how often each of them is seen in one pass

@@ -129,8 +129,7 @@ def run_stage(
             "tokenizer": tokenizer.fingerprint(),
             "results": results,
         }
-        keep = getattr(config, "keep", 2)
-        checkpoint.save(folder, step, model, optimizer, cursors, facts, keep)
+        checkpoint.save(folder, step, model, optimizer, cursors, facts, config.keep)
 
     run = Run(
         name=stage,
