@@ -432,7 +432,11 @@ def test_d_our_own_checkpoints_are_as_strict(home):
     with pytest.raises(UserError, match=r"h.2.mlp.c_proj.weight: found .*wanted none"):
         load_weights(random_model(n_layer=2), path)
     tiny_tokenizer().save(home / "tokenizer")
-    edit(path / "meta.json", model_config=asdict(model.config) | {"window": "SL"})
+    edit(
+        path / "meta.json",
+        format=1,
+        model_config=asdict(model.config) | {"window": "SL"},
+    )
     with pytest.raises(UserError, match=r"window='SL'.*that version"):
         load_model("base", torch.device("cpu"))
 
