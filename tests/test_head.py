@@ -147,10 +147,12 @@ def test_model_compiles_as_one_graph_with_the_same_gradients(monkeypatch):
     for fields in ({}, options | {"qk_scale": 1.2, "pad_vocab_to": 64, "n_kv_head": 1}):
         sizes = {"sequence_len": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2}
         config = GPTConfig(**sizes | {"n_kv_head": 2, "n_embd": 32} | fields)
+        torch.manual_seed(0)
         model = GPT(config)
         model.init_weights(0)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
+        model.double()  # a sum over the stream cancels: fp32 leaves three digits of it
         ids = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
         results = []
         torch._dynamo.reset()
