@@ -7,7 +7,7 @@ from torch import nn
 from nanochat.adamw import AdamW, own_rows
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import METHODS, Muon, deal, iteration_flops, orthogonalize
+from nanochat.muon import METHODS, Muon, deal, iteration_flops, orthogonalize, symmetric
 from nanochat.optim import (
     OptimConfig,
     assign_roles,
@@ -100,7 +100,9 @@ def spectrum(shape: tuple[int, int], decades: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (64, 80)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (64, 256), (256, 64), (64, 80), (129, 129), (400, 130)]
+)
 @pytest.mark.parametrize("decades", [0, 3, 6, 10, None])
 def test_both_sides_equal_the_plain_iteration(method, shape, decades):
     if decades is None:
@@ -110,6 +112,20 @@ def test_both_sides_equal_the_plain_iteration(method, shape, decades):
     got, want = orthogonalize(matrix, method), plain(matrix, method)
     assert (got - want).abs().max() < 1e-4
     assert (got - want).norm() < 1e-4 * want.norm()
+
+
+def test_a_symmetric_product_is_mirrored_on_large_matrices_alone():
+    "Three quarters of the operations from 128 rows on, the same numbers, symmetric."
+    for rows in (127, 128, 201):
+        x = torch.randn(2, rows, 300, generator=torch.Generator().manual_seed(rows))
+        with CountProducts() as count:
+            got = symmetric(x, x.mT)
+        share = count.flops / (2 * 2 * rows * rows * 300)
+        assert share == 1.0 if rows < 128 else 0.74 < share < 0.76
+        torch.testing.assert_close(got, x @ x.mT, rtol=1e-5, atol=1e-4)
+        if rows >= 128:
+            half = rows // 2
+            assert torch.equal(got[:, half:, :half], got[:, :half, half:].mT)
 
 
 class CountProducts(torch.overrides.TorchFunctionMode):
