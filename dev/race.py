@@ -1,0 +1,254 @@
+"""How much sooner does our recipe reach the quality of a tuned AdamW?
+
+python dev/race.py --record dev/records/race.json        about two hours on two cores
+
+Depth 4, 512 tokens of context, the embedded corpus in the same order, the same tokenizer, the
+same held-out text. AdamW gets a warmup, a cosine, clipping, decay, and the best of at least
+five rates; it runs to its end. Our recipe, with the schedule of a shorter run, must arrive at
+the same bits per byte. Each seed draws other weights. Speed is measured afterwards, the
+recipes taking turns, one thread each. Runs that were done are looked up in --work.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from nanochat.common import environment
+from nanochat.dataloader import Batch, batches
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import (
+    OptimConfig,
+    adamw_rates,
+    assign_roles,
+    lr_scale,
+    muon_momentum,
+    setup_optimizer,
+)
+from nanochat.plan import model_config
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train import accumulate
+
+T, VOCAB, SEEDS, VAL_BATCHES, CURVE = 512, 2048, (1, 2, 3), 10, 40
+STEPS = 160  # of AdamW, with 8 rows each
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
+RECIPES = {  # everything but the number of steps and the seed
+    "AdamW": {"rows": 8, "adamw": True},
+    "AdamW by role": {"rows": 8, "adamw": True, "by_role": True},
+    "default": {"rows": 8},
+    "tuned": {"rows": 4, "warmdown": 1.0, "rise": 0.5},
+}
+SHARES = {"default": 0.6, "tuned": 0.45}  # of AdamW's time, at most
+FURTHER = (0.2, 0.3, 0.45, 0.6, 0.8)  # shorter and longer runs of the first seed
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class PlainAdamW:
+    "PyTorch's AdamW with clipping to norm 1 and one rate for all, or ours for the tables."
+
+    def __init__(self, model, rate: float, by_role: bool):
+        width, groups = model.config.n_embd, []
+        rates = adamw_rates(OptimConfig(), width) if by_role else {}
+        for role, named in assign_roles(model).items():
+            weights, decay = list(named.values()), 0.0 if role == "scalar" else 0.1
+            own = {"lr": rates.get(role, rate), "weight_decay": decay}
+            groups.append({"params": weights, **own})
+        self.inner = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.weights = list(model.parameters())
+        self.rates = [group["lr"] for group in groups]
+
+    def step(self, scale: float, momentum=None):
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for group, rate in zip(self.inner.param_groups, self.rates):
+            group["lr"] = rate * scale
+        self.inner.step()
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+
+def cosine(step: int, steps: int) -> float:
+    "Rise over a twentieth of the run, then fall to a tenth."
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / (steps - rise))
+
+
+def set_up(recipe: dict, seed: int):
+    "Build a model, its optimizer and the function that gives a step its rates."
+    model = GPT(model_config(4, VOCAB, T))
+    model.init_weights(seed)
+    steps = recipe["steps"]
+    if recipe.get("adamw"):
+        optimizer = PlainAdamW(model, recipe["rate"], recipe.get("by_role", False))
+        return model, optimizer, lambda step: (cosine(step, steps), None)
+    fall, rise = recipe.get("warmdown", 0.2), recipe.get("rise")
+    over = rise * steps if rise else 300
+
+    def rates(step: int):
+        scale = lr_scale(step, steps, warmdown=fall, final_frac=recipe.get("final", 0))
+        return scale, muon_momentum(step, steps=over)
+
+    return model, setup_optimizer(model, OptimConfig(**recipe.get("optim", {}))), rates
+
+
+def train_one(recipe: dict, seed: int, folder: str) -> dict:
+    "Train one recipe; measure it on held-out text on the way and at the end."
+    torch.set_num_threads(1)
+    tokenizer, cpu = RustBPETokenizer.from_directory(folder), torch.device("cpu")
+    model, optimizer, rates = set_up(recipe, seed)
+    sizes, curve, spent, wall = tokenizer.token_bytes(), [], 0.0, 0.0
+    stream = batches(tokenizer, "train", recipe["rows"], T, cpu, 1, None, "embedded")
+
+    def held_out() -> float:
+        text = batches(tokenizer, "val", 8, T, cpu, 1, None, "embedded")
+        with torch.inference_mode():
+            return evaluate_bpb(model, text, VAL_BATCHES, sizes)
+
+    for step in range(recipe["steps"]):
+        if recipe.get("curve") and step % CURVE == 0:
+            curve.append([step, held_out()])
+        begun, watch = time.process_time(), time.perf_counter()
+        loss = accumulate(model, [next(stream)])
+        optimizer.step(*rates(step))
+        optimizer.zero_grad()
+        spent += time.process_time() - begun
+        wall += time.perf_counter() - watch
+        if not loss.isfinite():
+            return {"bpb": math.inf}
+    bits = held_out()
+    curve = curve and [*curve, [recipe["steps"], bits]]
+    return {"bpb": bits, "cpu_seconds": spent, "seconds": wall, "curve": curve}
+
+
+# ---- The driver: one process for each run
+
+
+def run(recipe: dict, seed: int, work: Path) -> dict:
+    "Train in a process of its own; a run that was done before is looked up."
+    log, wanted = work / "runs.jsonl", {"recipe": recipe, "seed": seed}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        row = json.loads(line)
+        if wanted.items() <= row.items():
+            return row
+    job = [sys.executable, __file__, "--job", json.dumps(wanted), "--work", str(work)]
+    out = subprocess.run(job, env=ONE_THREAD, capture_output=True, text=True)
+    if out.returncode:
+        raise SystemExit(out.stderr[-2000:])
+    row = wanted | json.loads(out.stdout.splitlines()[-1])
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
+    return row
+
+
+def tune(name: str, work: Path, workers: int) -> dict[float, float]:
+    "Find an AdamW's best rate with the first seed; the best is never at the edge."
+    tried, missing = {}, list(RATES)
+    while missing:
+        recipes = [
+            RECIPES[name] | {"rate": rate, "steps": STEPS, "curve": True}
+            for rate in missing
+        ]
+        with ThreadPoolExecutor(workers) as pool:
+            rows = list(pool.map(lambda r: run(r, SEEDS[0], work), recipes))
+        tried |= {rate: row["bpb"] for rate, row in zip(missing, rows)}
+        best = min(tried, key=tried.get)
+        missing = [best / 2] if best == min(tried) else []
+        missing += [best * 2] if best == max(tried) else []
+    return dict(sorted(tried.items()))
+
+
+def time_steps(repeat: int = 9) -> dict[str, dict]:
+    "Measure one step of each recipe, taking turns, in processor seconds of one thread."
+    torch.set_num_threads(1)
+    text = torch.randint(VOCAB, (8, T + 1), generator=torch.Generator().manual_seed(0))
+    parts = {}
+    for name, recipe in RECIPES.items():
+        parts[name] = set_up(recipe | {"steps": STEPS, "rate": 0.001}, 1)
+    seconds = {name: [] for name in RECIPES}
+    for turn in range(repeat + 1):
+        for name, (model, optimizer, rates) in parts.items():
+            ids, begun = text[: RECIPES[name]["rows"]], time.process_time()
+            accumulate(model, [Batch(ids[:, :-1], ids[:, 1:])])
+            optimizer.step(*rates(turn))
+            optimizer.zero_grad()
+            if turn:
+                seconds[name].append(time.process_time() - begun)
+    facts = {}
+    for name, own in seconds.items():
+        ratios = sorted(a / b for a, b in zip(own, seconds["AdamW"]))
+        middle = statistics.median(ratios)
+        facts[name] = {"seconds": statistics.median(own), "of AdamW's": middle}
+        facts[name] |= {"low": ratios[0], "high": ratios[-1]}
+    return facts
+
+
+def main(work: Path, record: str, workers: int) -> None:
+    "Tune AdamW, measure speeds, race, record."
+    if not (work / "tokenizer").exists():
+        env = ONE_THREAD | {"NANOCHAT_BASE_DIR": str(work), "NANOCHAT_PRESET": "cpu"}
+        command = [sys.executable, "-m", "scripts.tok_train", f"--vocab-size={VOCAB}"]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+    tried = {n: tune(n, work, workers) for n, r in RECIPES.items() if "adamw" in r}
+    rates = {name: min(found, key=found.get) for name, found in tried.items()}
+    job = [sys.executable, __file__, "--time", "--work", str(work)]
+    out = subprocess.run(
+        job, env=ONE_THREAD, check=True, capture_output=True, text=True
+    )
+    speed = json.loads(out.stdout.splitlines()[-1])
+    jobs = [(name, 1.0, seed) for name in rates for seed in SEEDS]
+    for name, most in SHARES.items():
+        jobs += [(name, most, seed) for seed in SEEDS]
+        jobs += [(name, share, SEEDS[0]) for share in FURTHER if share != most]
+
+    def race(job: tuple) -> dict:
+        name, share, seed = job
+        steps = int(share * STEPS / speed[name]["of AdamW's"])
+        recipe = RECIPES[name] | {"steps": STEPS if name in rates else steps}
+        if name in rates:
+            recipe |= {"rate": rates[name], "curve": True}
+        return {"name": name, "share": share, **run(recipe, seed, work)}
+
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(pool.map(race, jobs))
+    goal = {r["seed"]: r["bpb"] for r in rows if r["name"] == "AdamW"}
+    facts = {"command": "python dev/race.py", "date": time.strftime("%d %B %Y")}
+    facts |= {"environment": environment(), "recipes": RECIPES, "steps": STEPS}
+    facts |= {"most": SHARES, "tried": tried, "speed": speed, "runs": rows}
+    for name, most in SHARES.items():
+        mine = [r for r in rows if r["name"] == name and r["share"] == most]
+        print(f"{name} at {most:.0%}:", [round(r["bpb"], 4) for r in mine], end=" ")
+        print("AdamW:", [round(goal[r["seed"]], 4) for r in mine])
+    if record:
+        Path(record).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "race"))
+    parser.add_argument("--record", default="", help="JSON file for the results")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job = json.loads(args.job)
+        print(
+            json.dumps(train_one(job["recipe"], job["seed"], args.work + "/tokenizer"))
+        )
+    elif args.time:
+        print(json.dumps(time_steps()))
+    else:
+        main(Path(args.work), args.record, args.workers)
