@@ -378,6 +378,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanochat.plan.base_plan': ('training_process.html#base_plan', 'nanochat/plan.py'),
                                'nanochat.plan.check_fits': ('training_process.html#check_fits', 'nanochat/plan.py'),
                                'nanochat.plan.choose_depth': ('training_process.html#choose_depth', 'nanochat/plan.py'),
+                               'nanochat.plan.find_gpu': ('training_process.html#find_gpu', 'nanochat/plan.py'),
                                'nanochat.plan.largest_batch': ('training_process.html#largest_batch', 'nanochat/plan.py'),
                                'nanochat.plan.make_plan': ('training_process.html#make_plan', 'nanochat/plan.py'),
                                'nanochat.plan.model_config': ('training_process.html#model_config', 'nanochat/plan.py'),
@@ -658,4 +659,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanochat.train.StopSignal.note': ('training_process.html#stopsignal.note', 'nanochat/train.py'),
                                 'nanochat.train.accumulate': ('training_process.html#accumulate', 'nanochat/train.py'),
                                 'nanochat.train.evaluate_due': ('training_process.html#evaluate_due', 'nanochat/train.py'),
-                                'nanochat.train.train': ('training_process.html#train', 'nanochat/train.py')}}}
+                                'nanochat.train.keep_score': ('training_process.html#keep_score', 'nanochat/train.py'),
+                                'nanochat.train.show': ('training_process.html#show', 'nanochat/train.py'),
+                                'nanochat.train.speed': ('training_process.html#speed', 'nanochat/train.py'),
+                                'nanochat.train.train': ('training_process.html#train', 'nanochat/train.py'),
+                                'nanochat.train.write_dump': ('training_process.html#write_dump', 'nanochat/train.py')}}}
