@@ -131,8 +131,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanochat.common.Progress.__init__': ('introduction.html#progress.__init__', 'nanochat/common.py'),
                                  'nanochat.common.Progress.update': ('introduction.html#progress.update', 'nanochat/common.py'),
                                  'nanochat.common.RunLog': ('introduction.html#runlog', 'nanochat/common.py'),
-                                 'nanochat.common.RunLog.__enter__': ('introduction.html#runlog.__enter__', 'nanochat/common.py'),
-                                 'nanochat.common.RunLog.__exit__': ('introduction.html#runlog.__exit__', 'nanochat/common.py'),
                                  'nanochat.common.RunLog.__init__': ('introduction.html#runlog.__init__', 'nanochat/common.py'),
                                  'nanochat.common.RunLog.write': ('introduction.html#runlog.write', 'nanochat/common.py'),
                                  'nanochat.common.UserError': ('introduction.html#usererror', 'nanochat/common.py'),

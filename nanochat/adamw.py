@@ -91,7 +91,7 @@ def reduce_jobs(
 
 
 def update_jobs(
-    jobs: list[Job],  # that `reduce_jobs` has brought half way
+    jobs: list[Job],  # that `reduce_jobs` has brought half way; empty afterwards
     scale: Tensor | None = None,  # factor on every gradient; None: leave them
 ) -> None:
     "Update the weights and collect those of the other ranks."
@@ -99,6 +99,7 @@ def update_jobs(
         job.send(scale)
     for job in jobs:
         next(job, None)
+    jobs.clear()
 
 
 def run_jobs(jobs: Iterable[Job]) -> None:

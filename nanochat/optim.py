@@ -154,15 +154,13 @@ class Optimizers:
         clip: float = 0.0,  # largest norm of all gradients together; 0: any
     ) -> None:
         "Update every parameter; the two optimizers' communication overlaps."
-        if not self.begun:
-            self.grad_norm()
+        norm = self.norm if self.begun else self.grad_norm()
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale
             if muon_momentum is not None and "momentum" in group:
                 group["momentum"] = muon_momentum
-        scale = (clip / (self.norm + 1e-6)).clamp(max=1.0) if clip else None
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None
         update_jobs(self.begun, scale)
-        self.begun = []
 
     def zero_grad(self) -> None:
         "Free every gradient."

@@ -165,6 +165,8 @@ def write_dump(
     record["gradients"] = [k for k, p in named.items() if bad(p.grad)]
     record["weights"] = [k for k, p in named.items() if bad(p)]
     write_atomic(path, json.dumps(record | {"batches": batches}))
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves before all have written
     said = " and ".join(f"{k} {v}" for k, v in told.items())
     return (
         f"step {step} of {name} has {said}: no weight was changed. Its batch is in "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -513,6 +514,20 @@ def test_compile_is_an_option_on_the_cpu(base_dir, tiny, monkeypatch, flag):
     monkeypatch.setattr(torch, "compile", lambda m, **_: called.append(m) or m)
     main(BaseConfig(**tiny, compile=flag))
     assert len(called) == (flag is True)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_on_the_cpu_learns_the_same(base_dir, tiny, monkeypatch):
+    tiny |= {"num_iterations": 3, "eval_tokens": 128}
+    main(BaseConfig(**tiny, tag="plain"))
+    plain = losses(base_dir)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    main(BaseConfig(**tiny, compile=True, tag="compiled"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert losses(base_dir) == pytest.approx(plain, abs=1e-4)
 
 
 def test_options_of_the_loop_are_read(monkeypatch):
