@@ -132,7 +132,7 @@ def tracker_names(text: str) -> list[str]:  # from "tensorboard,wandb"
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"tracker {name!r} is unknown: use {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
+        if getattr(importlib.util.find_spec(name), "origin", None) is None:
             raise UserError(
                 f"--tracker {name} needs a package that is not installed: "
                 f"pip install {name}, or all three: pip install 'nanochat[trackers]'"
@@ -152,7 +152,7 @@ def open_tracker(
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(folder / run, purge_step=start)
+        writer = SummaryWriter(folder / run, purge_step=start, flush_secs=10)
         add = lambda step, values: [writer.add_scalar(*v, step) for v in values.items()]
         return add, writer.close
     os.environ.setdefault(f"{name.upper()}_DIR", str(folder))

@@ -62,7 +62,7 @@ def test_the_loop_hands_its_settings_and_rows_on(monkeypatch, tmp_path):
     told = []
     for name in ("trackio", "wandb"):
         fake = types.ModuleType(name)
-        fake.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        fake.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="here")
         fake.init = lambda n=name, **options: told.append((n, options))
         fake.log = lambda values, step, n=name: told.append((n, step, values))
         fake.finish = lambda n=name: told.append((n, "finished"))
@@ -100,6 +100,11 @@ def test_a_tracker_that_is_missing_or_unknown(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="use tensorboard, trackio, wandb"):
         write("mlflow")
     assert not (tmp_path / "runs").exists()  # refused before anything was written
+    (tmp_path / "trackio").mkdir()  # a folder of that name is no package
+    monkeypatch.syspath_prepend(tmp_path)
+    if getattr(real("trackio"), "origin", None) is None:
+        with pytest.raises(UserError, match="pip install trackio"):
+            write("trackio")
 
 
 def test_only_rank_0_tells(monkeypatch, tmp_path):
