@@ -51,7 +51,7 @@ data: setup ## make nanochat/data again from its public sources (550 MB)
 
 lock: setup ## pin the newest versions in requirements/constraints.txt
 	uv pip compile -q --upgrade --universal --python-version 3.10 --no-header \
-	  --no-annotate --extra dev --extra book --extra data \
+	  --no-annotate --extra dev --extra book --extra data --extra trackers \
 	  -o requirements/constraints.txt pyproject.toml requirements/tools.in
 
 clean: ## remove what was built; notebooks, package and .venv stay

@@ -44,7 +44,7 @@ OPTIONS = {
     "chat_rl": "--examples-per-step=2 --num-samples=4 --max-new-tokens=8 "
     "--eval-examples=4 --eval-samples=2 --eval-every=3 --init-lr-frac=1.0",
 }
-CLOCK = ("tokens_per_second", "seconds")  # what may differ in the log
+CLOCK = ("tokens_per_second", "mfu", "seconds")  # what may differ in the log
 
 
 def work(stage: str, base: Path, options: list[str]) -> None:

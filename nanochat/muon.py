@@ -11,7 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .adamw import Job, all_gather, ranks, reduce_scatter, run_jobs
+from nanochat.adamw import (
+    Job,
+    all_gather,
+    ranks,
+    reduce_scatter,
+    run_jobs,
+    square_length,
+)
 
 # %% ../nbs/07_optimization.ipynb #aae5ea63
 # Per method: a margin on the norm, then (a, b, c) for each iteration.
@@ -200,23 +207,27 @@ def muon_job(
     "Sum gradients to their owners, update this rank's matrices, collect the others'."
     rank, world = ranks()
     zero, order = torch.zeros_like(params[0]), in_hands(params, world)
-    has_grad = [p is not None and p.grad is not None for p in order]
-    grads = stack = torch.stack(
-        [p.grad if h else zero for p, h in zip(order, has_grad)]
-    )
-    size = len(order) // world
+    grads = [zero if p is None or p.grad is None else p.grad for p in order]
+    size, work = len(order) // world, None
     if world > 1:
+        stack = torch.stack(grads)
         grads = torch.empty_like(stack[:size])
         work = reduce_scatter(grads, stack)
-        yield
+    yield
+    if work:
         work.wait()
+    scale = yield square_length(grads)
+    grads = grads if world > 1 else torch.stack(grads)  # not kept while others reduce
+    if scale is not None:
+        grads *= scale
     mine = [p for p in order[rank * size : (rank + 1) * size] if p is not None]
     if mine:
         muon_update(mine, grads[: len(mine)], [state[p] for p in mine], group)
     if world > 1:
         filled = mine + [zero] * (size - len(mine))
         work = all_gather(stack, torch.stack(filled))
-        yield
+    yield
+    if work:
         work.wait()
         for p, new in zip(order, stack):
             if p is not None:

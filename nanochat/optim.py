@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adamw import AdamW, own_rows, ranks, run_jobs
+from .adamw import AdamW, own_rows, ranks, reduce_jobs, update_jobs
 from .common import UserError
 from .muon import Muon
 
@@ -133,7 +133,7 @@ class Optimizers:
         params: dict[str, Tensor],  # name -> parameter, of both
     ):
         self.parts = {"adamw": adamw} | ({"muon": muon} if muon else {})
-        self.params = params
+        self.params, self.begun = params, []
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
@@ -141,20 +141,30 @@ class Optimizers:
     def param_groups(self) -> list[dict]:
         return [g for part in self.parts.values() for g in part.param_groups]
 
+    def grad_norm(self) -> Tensor:  # scalar, over all parameters and ranks
+        "Sum the gradients over the ranks; `step` goes on from there."
+        self.begun = [job for part in self.parts.values() for job in part.jobs()]
+        self.norm = reduce_jobs(self.begun)
+        return self.norm
+
     def step(
         self,
         lr_scale: float = 1.0,  # factor on every group's rate
         muon_momentum: float | None = None,  # None: leave as it is
+        clip: float = 0.0,  # largest norm of all gradients together; 0: any
     ) -> None:
         "Update every parameter; the two optimizers' communication overlaps."
+        norm = self.norm if self.begun else self.grad_norm()
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale
             if muon_momentum is not None and "momentum" in group:
                 group["momentum"] = muon_momentum
-        run_jobs(job for part in self.parts.values() for job in part.jobs())
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None
+        update_jobs(self.begun, scale)
 
     def zero_grad(self) -> None:
         "Free every gradient."
+        self.begun = []
         for p in self.params.values():
             p.grad = None
 

@@ -6,6 +6,7 @@
 __all__ = ['RLConfig', 'group_advantages', 'policy_loss', 'Rollout', 'roll_out', 'pad_rows', 'accumulate_policy', 'examine', 'step_indices', 'describe', 'policy_step', 'is_due', 'train_rl']
 
 # %% ../nbs/09_evaluation.ipynb #ee8465f3
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +20,9 @@ from torch import Tensor
 from .chat_eval import pass_at_k
 from .common import Progress, RunLog, UserError, get_dist_info
 from .core_eval import gather
+from .dataloader import Batch
 from .tasks.common import Task
-from .train import StopSignal
+from .train import StopSignal, write_dump
 
 # %% ../nbs/09_evaluation.ipynb #67ed4044
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class RLConfig:
     temperature: float = 1.0  # of the sampling
     top_k: int = 0  # 0: sample from the whole distribution, as the gradient assumes
     init_lr_frac: float = 0.05  # first learning rate, relative to pretraining
+    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: any
     eval_every: int = 20  # steps between examinations; -1: only before and after
     eval_examples: int = 200  # held-out questions
     eval_samples: int = 4  # replies to each, for pass@k
@@ -47,6 +50,8 @@ class RLConfig:
     step: int = -1  # which checkpoint of it; -1: the last
     tag: str = ""  # name of the run; empty: that of the source
     device: str = ""  # cpu, cuda or mps; empty: the fastest
+    dtype: str = ""  # bfloat16 or float32; empty: bfloat16 on GPUs that have it
+    tracker: str = ""  # tensorboard, trackio or wandb; several with commas
     overwrite: bool = False  # replace a run with other settings
 
     def __post_init__(self):
@@ -227,10 +232,16 @@ def policy_step(
     record = describe(rollout, model.get_device())
     count = max(1.0, record["tokens"])
     accumulate_policy(model, rollout, config.device_batch_size, count)
+    norm = optimizer.grad_norm().item()
+    if not math.isfinite(norm):
+        rows = [Batch(*pad_rows(rollout.ids, rollout.mask, model.get_device()))]
+        saved = "the newest in rl_checkpoints"
+        raise UserError(write_dump("rl", step, {"grad_norm": norm}, model, rows, saved))
     scale = config.init_lr_frac * (1 - step / config.num_steps)
-    optimizer.step(scale)
+    optimizer.step(scale, clip=config.grad_clip)
     optimizer.zero_grad()
-    return {**record, "lr_scale": scale, "seconds": time.time() - begun}
+    record |= {"grad_norm": norm, "lr_scale": scale}
+    return record | {"seconds": time.time() - begun}
 
 # %% ../nbs/09_evaluation.ipynb #2a3eb15f
 def is_due(
@@ -253,15 +264,17 @@ def train_rl(
 ) -> dict[str, Any]:  # examination before and after, seconds
     "Improve a model by practice with a checker."
     results = results or {"before": examine(engine, held_out, config), "seconds": 0.0}
-    log, bar = RunLog("rl", start), Progress(config.num_steps, "rl", start)
-    with StopSignal() as stop:
+    log = RunLog("rl", start, config.tracker, asdict(config))
+    bar = Progress(config.num_steps, "rl", start)
+    with log, StopSignal() as stop:
         for step in range(start, config.num_steps):
             record = policy_step(engine, optimizer, task, config, step)
             results["seconds"] += record["seconds"]
             if is_due(step + 1, config.eval_every):
                 record |= examine(engine, held_out, config)
             log.write(step=step, **record)
-            bar.update(step + 1, reward=f"{record['reward']:.3f}")
+            shown = {"reward": record["reward"], "norm": record["grad_norm"]}
+            bar.update(step + 1, **{k: f"{v:.3f}" for k, v in shown.items()})
             stopping = stop.agreed(engine.model.get_device())
             if step + 1 == config.num_steps:
                 break  # examined and saved below, also when asked to stop

@@ -13,6 +13,7 @@ from nanochat import checkpoint
 from nanochat.chat_data import chat_batches
 from nanochat.common import (
     UserError,
+    compute_dtype,
     compute_init,
     environment,
     get_dist_info,
@@ -22,7 +23,7 @@ from nanochat.common import (
 from nanochat.dataloader import prefetch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
-from nanochat.plan import ChatConfig, check_fits, make_plan
+from nanochat.plan import ChatConfig, check_fits, find_gpu, make_plan
 from nanochat.tasks.common import TaskMixture
 from nanochat.tasks.customjson import CustomJSON
 from nanochat.train import Run, train
@@ -36,7 +37,16 @@ IDLE = {
     "keep",
     "dry_run",
     "world",
+    "tracker",
 }  # no effect on weights
+# At these values a field that came later leaves an older run what it was.
+LATER = {("grad_clip", 0.0), ("dtype", "")}
+
+
+def weight_settings(config, idle=IDLE) -> dict:
+    "Return the fields that determine the weights."
+    fields = dataclasses.asdict(config).items()
+    return {k: v for k, v in fields if k not in idle and (k, v) not in LATER}
 
 
 def settings_hash(*parts) -> str:
@@ -103,7 +113,8 @@ def run_stage(
     "Train one stage, from wherever an interrupted run stopped."
     world, device = get_dist_info()[2], model.get_device()
     check_fits(plan, device_memory(device))
-    chosen = {k: v for k, v in dataclasses.asdict(config).items() if k not in IDLE}
+    model.dtype = compute_dtype(device, config.dtype)
+    chosen = weight_settings(config)
     settings = settings_hash(stage, chosen, tokenizer.fingerprint(), parent)
     folder = checkpoint.checkpoint_folder(source, tag)
     names = [f.name for f in dataclasses.fields(OptimConfig)]
@@ -120,7 +131,7 @@ def run_stage(
     rise, final = getattr(config, "warmup_ratio", 0.0), config.final_lr_frac
     total = plan.num_steps
 
-    def save(step: int, cursors: dict, results: dict) -> None:
+    def save(step: int, cursors: dict, results: dict) -> Path:
         results |= too_long(cursors, device)
         facts = {
             "stage": stage,
@@ -129,8 +140,10 @@ def run_stage(
             "tokenizer": tokenizer.fingerprint(),
             "results": results,
         }
-        checkpoint.save(folder, step, model, optimizer, cursors, facts, config.keep)
+        state = (model, optimizer, cursors, facts)
+        return checkpoint.save(folder, step, *state, config.keep)
 
+    gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
     run = Run(
         name=stage,
         num_steps=total,
@@ -142,9 +155,15 @@ def run_stage(
         save_every=config.save_every,
         start=meta["step"] if meta else 0,
         results=meta["results"] if meta else {},
+        grad_clip=config.grad_clip,
+        trackers=config.tracker,
+        settings=dataclasses.asdict(config),
+        flops_per_token=model.estimate_flops(),
+        peak=gpu.peak if gpu else 0.0,
+        saved=path or "none",
     )
-    called = model
-    if config.compile and device.type == "cuda":
+    called, wished = model, config.compile
+    if wished or (wished is None and device.type == "cuda"):
         called = torch.compile(model, dynamic=False)
     results = run.results
     if not finished:
@@ -186,7 +205,7 @@ def run_chat_stage(
         steps = max(
             1, count_rows(tokenizer, tasks[0], T) * T // config.total_batch_size
         )
-    wide = 2 if device.type == "cuda" else 4
+    wide = compute_dtype(device, config.dtype).itemsize
     plan = make_plan(
         model.config,
         B,

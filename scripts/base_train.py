@@ -9,6 +9,7 @@ import torch
 
 from nanochat.checkpoint import build_model
 from nanochat.common import (
+    compute_dtype,
     compute_init,
     detect_preset,
     get_dist_info,
@@ -32,8 +33,8 @@ def main(config: BaseConfig) -> None:
         )
     device, tokenizer = compute_init(config.device), get_tokenizer()
     world = get_dist_info()[2]
-    vocab, gpu = tokenizer.get_vocab_size(), device.type == "cuda"
-    plan = base_plan(config, vocab, world, activation_bytes=2 if gpu else 4)
+    wide = compute_dtype(device, config.dtype).itemsize
+    plan = base_plan(config, tokenizer.get_vocab_size(), world, wide)
     print0(
         f"{plan.parameters:,} parameters, {plan.num_steps:,} steps of "
         f"{plan.total_batch_size:,} tokens, {plan.flops:.2e} operations, about "

@@ -10,6 +10,7 @@ from pathlib import Path
 from nanochat import checkpoint
 from nanochat.common import (
     UserError,
+    compute_dtype,
     compute_init,
     get_dist_info,
     print0,
@@ -22,9 +23,9 @@ from nanochat.rl import RLConfig, train_rl
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.spelling import SpellingBee
-from scripts._stage import find_resume, settings_hash
+from scripts._stage import find_resume, settings_hash, weight_settings
 
-IDLE = ("device", "overwrite", "save_every", "keep")  # no effect on weights
+IDLE = ("device", "overwrite", "save_every", "keep", "tracker")  # not on weights
 
 
 def questions(task: str, split: str):
@@ -48,7 +49,8 @@ def main(config: RLConfig) -> None:
     model, tokenizer, meta = checkpoint.load_model(
         config.source, device, config.source_tag, config.step
     )
-    chosen = {k: v for k, v in dataclasses.asdict(config).items() if k not in IDLE}
+    model.dtype = compute_dtype(device, config.dtype)
+    chosen = weight_settings(config, IDLE)
     settings = settings_hash("chat_rl", chosen, meta["sha256"]["model.safetensors"])
     tag = config.tag or Path(meta["path"]).parent.name
     folder = checkpoint.checkpoint_folder("rl", tag)

@@ -1,5 +1,7 @@
 """Optimizers on one rank: against torch, against the definition, and their state."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -331,6 +333,37 @@ def test_step_sets_rate_and_momentum():
     assert (group["lr"], group["momentum"]) == (0.01, 0.9)
     optimizers.step()
     assert (group["lr"], group["momentum"]) == (0.02, 0.9)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, 1e6])
+def test_norm_and_clipping_equal_torch(limit):
+    "And a limit that is not reached, or none, changes no bit."
+    ours, theirs = tiny_model(), tiny_model()
+    a, b = setup_optimizer(ours), setup_optimizer(theirs)
+    for step in range(3):
+        fill_grads(ours, step), fill_grads(theirs, step)
+        norm = a.grad_norm()
+        told = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf)
+        assert norm > 1 and norm.item() == pytest.approx(told.item(), rel=1e-6)
+        a.step(clip=limit), b.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        exact = limit != 1.0
+        torch.testing.assert_close(p, q, rtol=0, atol=0 if exact else 1e-6)
+
+
+def test_a_step_that_was_measured_and_not_taken_leaves_nothing_behind():
+    model = tiny_model()
+    optimizers, before = setup_optimizer(model), [*map(torch.clone, model.parameters())]
+    fill_grads(model, 0)
+    optimizers.grad_norm()
+    optimizers.zero_grad()
+    for p, old in zip(model.parameters(), before):
+        assert torch.equal(p, old)
+    assert set(optimizers.state_dict()) == {"meta/rank", "meta/world_size"}
+    fill_grads(model, 1)
+    optimizers.step()
+    told = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    assert optimizers.norm.item() == pytest.approx(told.item(), rel=1e-6)
 
 
 def test_zero_grad_frees():

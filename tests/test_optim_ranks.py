@@ -14,10 +14,12 @@ from nanochat.optim import OptimConfig, setup_optimizer
 
 STEPS = 4
 # name -> (ranks, ranks of the run whose state is loaded; 0: a fresh start)
-SCENARIOS = {"1": (1, 0), "2": (2, 0), "3": (3, 0)} | {
+SCENARIOS = {f"{world}": (world, 0) for world in (1, 2, 3, 4)} | {
     f"{before}to{after}": (after, before)
     for before, after in [(1, 1), (2, 1), (2, 3), (1, 2), (3, 2)]
 }
+SCENARIOS |= {f"{world}clipped": (world, 0) for world in (1, 2, 4)}
+LIMIT = 250.0  # of the clipped runs
 
 
 def tiny_model() -> GPT:
@@ -28,7 +30,7 @@ def tiny_model() -> GPT:
     return model
 
 
-def take_step(model: GPT, optimizers, step: int, rank: int, world: int) -> None:
+def take_step(model: GPT, optimizers, step: int, rank: int, world: int, clip=0.0):
     "Give each rank a gradient of its own; their sum does not depend on `world`."
     totals = torch.Generator().manual_seed(step)
     noises = torch.Generator().manual_seed(1000 + step)
@@ -36,11 +38,14 @@ def take_step(model: GPT, optimizers, step: int, rank: int, world: int) -> None:
     sign = (rank == 0) - (rank == world - 1)
     for p in model.parameters():
         noise = torch.randint(-2, 3, p.shape, generator=noises)
-        p.grad = torch.randn(p.shape, generator=totals) / world + sign * noise
-    optimizers.step(1.0, muon_momentum=0.9)
+        total = (1 + step) * torch.randn(p.shape, generator=totals)
+        p.grad = total / world + sign * noise
+    norm = optimizers.grad_norm()
+    optimizers.step(1.0, muon_momentum=0.9, clip=clip)
+    return norm.item()
 
 
-def run(rank: int, folder: Path, world: int, start: int, shards: list[Path]) -> None:
+def run(rank, folder: Path, world: int, start: int, shards: list[Path], clip) -> None:
     "One rank: load what there is, take the steps, save weights and state."
     model = tiny_model()
     optimizers = setup_optimizer(model, OptimConfig(matrix_beta2=0.9))
@@ -48,16 +53,16 @@ def run(rank: int, folder: Path, world: int, start: int, shards: list[Path]) -> 
         saved = [torch.load(path, weights_only=True) for path in shards]
         model.load_state_dict(saved[0]["model"])
         optimizers.load_state_dict([shard["state"] for shard in saved[::-1]])
-    for step in range(start, start + STEPS):
-        take_step(model, optimizers, step, rank, world)
+    steps = range(start, start + STEPS)
+    norms = [take_step(model, optimizers, s, rank, world, clip) for s in steps]
     muon = optimizers.parts["muon"]
     owned = {name: muon.owners().get(p) for name, p in optimizers.params.items()}
     record = {"model": model.state_dict(), "state": optimizers.state_dict()}
-    torch.save(record | {"owners": owned}, folder / f"{rank}.pt")
+    torch.save(record | {"owners": owned, "norms": norms}, folder / f"{rank}.pt")
 
 
 def run_all(rank: int, root: Path) -> None:
-    "Walk through every scenario with as many of the three processes as it needs."
+    "Walk through every scenario with as many of the four processes as it needs."
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     for name, (world, before) in SCENARIOS.items():
@@ -67,7 +72,8 @@ def run_all(rank: int, root: Path) -> None:
         (root / name).mkdir(exist_ok=True)
         store = dist.FileStore(str(root / f"{name}.store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        run(rank, root / name, world, STEPS if before else 0, shards)
+        clip = LIMIT if "clipped" in name else 0.0
+        run(rank, root / name, world, STEPS if before else 0, shards, clip)
         dist.barrier()
         dist.destroy_process_group()
 
@@ -78,7 +84,7 @@ def saved(tmp_path_factory) -> dict[str, list[dict]]:
     if not dist.is_available() or sys.platform == "win32":
         pytest.skip("no gloo here")
     root = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_all, (root,), nprocs=3)
+    mp.spawn(run_all, (root,), nprocs=4)
     return {
         name: [
             torch.load(root / name / f"{rank}.pt", weights_only=True)
@@ -91,6 +97,25 @@ def saved(tmp_path_factory) -> dict[str, list[dict]]:
 def assert_same(got: dict, want: dict) -> None:
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("world", ["2", "3", "4", "2clipped", "4clipped"])
+def test_the_norm_is_that_of_all_ranks_together(saved, world):
+    "Measured on the summed gradients, each counted once, and the same on every rank."
+    alone = saved["1clipped" if "clipped" in world else "1"][0]["norms"]
+    assert alone[0] < LIMIT < alone[1]  # so that some steps are clipped and some not
+    for record in saved[world]:
+        assert record["norms"] == pytest.approx(alone, rel=1e-5)
+        assert record["norms"] == saved[world][0]["norms"]
+
+
+@pytest.mark.parametrize("world", ["2clipped", "4clipped"])
+def test_ranks_clip_like_one_rank(saved, world):
+    plain, clipped = saved["1"][0]["model"], saved["1clipped"][0]["model"]
+    assert any((plain[k] - clipped[k]).abs().max() > 1e-3 for k in plain)
+    for record in saved[world]:
+        for name, value in clipped.items():
+            torch.testing.assert_close(record["model"][name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("world", ["2", "3"])

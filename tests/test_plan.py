@@ -17,6 +17,7 @@ from nanochat.plan import (
     base_plan,
     check_fits,
     choose_depth,
+    find_gpu,
     largest_batch,
     make_plan,
     model_config,
@@ -46,6 +47,23 @@ def test_hours_of_published_runs(card, ranks, depth, vocab, arch, tokens, hours)
     plan = make_plan(model_config(depth, vocab, 2048, arch=arch), 1, 524_288, 1000)
     seconds = training_seconds(plan, GPUS[card], ranks) * tokens / plan.tokens
     assert seconds / 3600 == pytest.approx(hours, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GB200", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_card_is_known_by_its_name(name, key):
+    assert find_gpu(name) is GPUS.get(key)
 
 
 @pytest.mark.parametrize("ranks, depth, rows, gib", PEAKS)

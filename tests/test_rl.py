@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from nanochat import checkpoint
+from nanochat import checkpoint, rl
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.engine import Engine
 from nanochat.functional import cross_entropy
@@ -235,6 +235,32 @@ def test_practice_raises_the_reward():
     rewards = [r["reward"] for r in records]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
     assert records[0]["lr_scale"] == 1.0 and records[-1]["lr_scale"] == 1 / 16
+
+
+def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
+    norms = {}
+    for limit in (0.0, 1e-3):
+        model, config = tiny_model(), replace(CONFIG, grad_clip=limit)
+        engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+        record = policy_step(engine, optimizer, Vowels(), config, 0)
+        norms[limit] = record["grad_norm"]
+        average = optimizer.parts["adamw"].state[model.lm_head.weight]["exp_avg"]
+        taken = average.norm() / (1 - 0.8)  # of the gradient that the first step saw
+        assert taken < 1.001 * (limit or record["grad_norm"]) and taken > 0
+    assert norms[0.0] == norms[1e-3] > 1e-3
+    before = [p.clone() for p in model.parameters()]
+
+    def poisoned(model, *args):
+        accumulate_policy(model, *args)
+        model.lm_head.weight.grad[0, 0] = float("nan")
+
+    monkeypatch.setattr(rl, "accumulate_policy", poisoned)
+    with pytest.raises(UserError, match="grad_norm nan: no weight was changed"):
+        policy_step(engine, optimizer, Vowels(), config, 1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    dump = json.loads(next(tmp_path.glob("base/runs/rl_step_000001_*")).read_text())
+    assert dump["gradients"] == ["lm_head.weight"]
+    assert len(dump["batches"][0]["inputs"]) == 16  # the replies of four prompts
 
 
 def run(model, steps, save=None, start=0, results=None, optimizer=None):

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from nanochat import checkpoint
-from nanochat.common import UserError
+from nanochat import checkpoint, train
+from nanochat.common import UserError, parse_config, run_cli
 from nanochat.dataloader import Batch, batches
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import OptimConfig, setup_optimizer
 from nanochat.plan import BaseConfig, make_plan, model_config
-from nanochat.train import StopSignal, accumulate
+from nanochat.train import Run, StopSignal, accumulate
+from scripts._stage import weight_settings
 from scripts.base_train import main
 
 ROOT = Path(__file__).parents[1]
@@ -110,10 +114,248 @@ def test_accumulation_weighs_tokens_not_micro_batches():
     torch.testing.assert_close(model.lm_head.weight.grad, gradient)
 
 
+def masked_batches(step: int) -> list[Batch]:
+    "Four micro-batches as in fine-tuning: 30, 5, 0 and 99 tokens of 128 are trained."
+    found = []
+    for i, count in enumerate((30, 5, 0, 99)):
+        batch = random_batch(10 * step + i)
+        keep = torch.randperm(128, generator=torch.Generator().manual_seed(i))[:count]
+        targets = torch.full_like(batch.targets, -1).flatten()
+        targets[keep] = batch.targets.flatten()[keep]
+        found.append(Batch(batch.inputs, targets.view_as(batch.targets)))
+    return found
+
+
+def take_steps(share) -> dict:
+    "Three steps on a share of the micro-batches; what the first gradient was, and so on."
+    model, record = tiny_model(), {"loss": [], "gradient": {}}
+    for weight in model.parameters():  # no zeros that would hide a gradient
+        generator = torch.Generator().manual_seed(weight.numel())
+        torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    optimizer = setup_optimizer(model)
+    for step in range(3):
+        record["loss"].append(accumulate(model, share(masked_batches(step))).item())
+        if not step:
+            grads = {k: p.grad.clone() for k, p in model.named_parameters()}
+            record["gradient"] = grads
+        optimizer.step(clip=1.0)
+        optimizer.zero_grad()
+    return record | {"weights": model.state_dict()}
+
+
+def one_large(micro: list[Batch]) -> list[Batch]:
+    rows = [(b.inputs, b.targets) for b in micro]
+    return [Batch(*map(torch.cat, zip(*rows)))]
+
+
+def steps_on_rank(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.save(take_steps(lambda micro: micro[rank::2]), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def assert_near(got: dict, want: dict) -> None:
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulation_equals_the_large_batch():
+    want, got = take_steps(one_large), take_steps(lambda micro: micro)
+    assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+    assert_near(got["gradient"], want["gradient"])
+    assert_near(got["weights"], want["weights"])
+    naive = [take_steps(lambda micro, i=i: [micro[i]])["loss"][0] for i in (0, 1, 3)]
+    assert abs(sum(naive) / 3 - want["loss"][0]) > 1e-3  # a mean of means is another
+
+
+def test_two_ranks_equal_the_large_batch(tmp_path):
+    "The loss that each rank tells is the mean over all ranks; the gradients add up."
+    mp.spawn(steps_on_rank, (tmp_path,), nprocs=2)
+    want = take_steps(one_large)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    sums = {k: v + ranks[1]["gradient"][k] for k, v in ranks[0]["gradient"].items()}
+    assert_near(sums, want["gradient"])
+    assert ranks[0]["loss"] == ranks[1]["loss"]
+    for record in ranks:
+        assert record["loss"] == pytest.approx(want["loss"], abs=1e-5)
+        assert_near(record["weights"], want["weights"])
+
+
 def test_a_batch_without_targets_has_loss_zero():
     batch = random_batch()
     batch.targets.fill_(-1)
     assert accumulate(tiny_model(), [batch]).item() == 0
+
+
+def go(model, batches, **options) -> tuple[list[dict], Run]:
+    "Train and return the rows of the log."
+    options = {"num_steps": len(batches), "micro_batches": 1} | options
+    run = Run("base_train", lr_scale=lambda step: 1.0, **options)
+    train.train(model, setup_optimizer(model), iter(batches), run)
+    log = Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "base_train.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()], run
+
+
+def test_a_step_without_trained_tokens_changes_nothing(base_dir):
+    nothing = random_batch(1)
+    nothing.targets.fill_(-1)
+    batches = [random_batch(0), nothing, random_batch(2)]
+    with_it, without, results = tiny_model(), tiny_model(), []
+    for model, stream in ((with_it, batches), (without, batches[::2])):
+        rows, run = go(model, stream)
+        results.append(run.results["smooth_loss"])
+        if model is with_it:
+            assert rows[1]["loss"] == rows[1]["grad_norm"] == 0
+    for p, q in zip(with_it.parameters(), without.parameters()):
+        assert torch.equal(p, q)
+    assert results[0] == results[1]
+
+
+def test_log_and_progress_tell_the_same(base_dir, capsys):
+    bpb = [(2, lambda: {"val_bpb": 1.25})]
+    options = {"evaluators": bpb, "flops_per_token": 1e6, "peak": 1e10}
+    rows, _ = go(tiny_model(), [random_batch(i) for i in range(4)], **options)
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 4 and [r["step"] for r in rows if "val_bpb" in r] == [2, 4]
+    for row in steps:
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e6 / 1e10)
+    line = capsys.readouterr().err.splitlines()[-1]
+    for told in ("4/4", "0:00 left", "bpb 1.250", f"mfu {100 * row['mfu']:.0f} %"):
+        assert told in line
+    assert f"norm {row['grad_norm']:.3g}" in line and "tok/s" in line
+    rows, _ = go(tiny_model(), [random_batch()])
+    assert "mfu" not in rows[0]  # on a CPU no peak is known
+
+
+def test_the_norm_is_logged_and_clipped(base_dir):
+    batches = [random_batch(i) for i in range(3)]
+    free, short = tiny_model(), tiny_model()
+    rows, _ = go(free, batches)
+    limit = min(row["grad_norm"] for row in rows) / 2
+    clipped, _ = go(short, batches, grad_clip=limit)
+    reference = tiny_model()
+    accumulate(reference, batches[:1])
+    told = torch.nn.utils.clip_grad_norm_(reference.parameters(), limit)
+    assert rows[0]["grad_norm"] == pytest.approx(told.item(), rel=1e-5)
+    assert clipped[0]["grad_norm"] == rows[0]["grad_norm"]  # before it is clipped
+    assert clipped[2]["grad_norm"] != rows[2]["grad_norm"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_what_is_not_finite_stops_before_the_weights_change(
+    base_dir, monkeypatch, value, where
+):
+    model, real, before = tiny_model(), train.accumulate, {}
+
+    def poisoned(model, micro):
+        bad = model.transformer.h[1].mlp.c_proj.weight
+        with torch.no_grad():
+            if micro[0].stream == 2 and where == "weight":
+                bad[0, 0] = value
+            loss = real_with_grad(model, micro)
+            if micro[0].stream == 2 and where == "gradient":
+                bad.grad[0, 0] = value
+        before.update({k: v.clone() for k, v in model.state_dict().items()})
+        return loss
+
+    real_with_grad = torch.enable_grad()(real)
+    monkeypatch.setattr(train, "accumulate", poisoned)
+    batches = [random_batch(i) for i in range(4)]
+    for i, batch in enumerate(batches):
+        batch.stream, batch.cursor = i, {"documents": i}
+    with pytest.raises(UserError, match="no weight was changed") as stopped:
+        options = {"save": lambda *_: base_dir / "step_000002", "save_every": 2}
+        go(model, batches, **options)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.nan_to_num(7), before[name].nan_to_num(7))
+    path = base_dir / "runs" / "base_train_step_000002_rank_0.json"
+    for told in (str(path), "step_000002", "--grad-clip 1.0", "--dtype float32"):
+        assert told in str(stopped.value)
+    dump, name = json.loads(path.read_text()), "transformer.h.1.mlp.c_proj.weight"
+    assert dump["step"] == 2 and not math.isfinite(float(dump["grad_norm"]))
+    assert name in dump["gradients"] and (where == "weight") == bool(dump["weights"])
+    assert dump["weights"] in ([], [name])
+    (batch,) = dump["batches"]
+    assert batch["inputs"] == batches[2].inputs.tolist()
+    assert batch["targets"] == batches[2].targets.tolist()
+    assert batch["cursor"] == {"documents": 2}
+
+
+def test_a_diverged_run_is_one_line_at_the_command_line(
+    base_dir, tiny, monkeypatch, capsys
+):
+    def poisoned(model, micro):
+        return accumulate(model, micro) * float("nan")
+
+    monkeypatch.setattr(train, "accumulate", poisoned)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
+    monkeypatch.setattr(sys, "argv", ["base_train", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(main, BaseConfig, "base_train")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in said
+    assert "error: step 0 of base_train has loss nan" in said
+    assert "last checkpoint: none" in said
+
+
+RANKS = """
+import os, time
+from pathlib import Path
+from nanochat import train
+from nanochat.common import run_cli
+from nanochat.plan import BaseConfig
+from scripts.base_train import main
+
+kind, real, calls = os.environ["KIND"], train.accumulate, []
+
+def accumulate(model, micro):
+    loss = real(model, micro)
+    calls.append(loss)
+    if len(calls) == 4 and os.environ["RANK"] == "1":
+        Path(os.environ["NANOCHAT_BASE_DIR"], "failed").touch()
+        if kind != "nan":
+            raise RuntimeError("enough")
+        model.lm_head.weight.grad[0, 0] = float("nan")
+    while len(calls) == 4 and kind == "hang":
+        time.sleep(60)
+    return loss
+
+train.accumulate = accumulate
+run_cli(main, BaseConfig, "base_train")
+"""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["raise", "hang", "nan"])
+def test_one_failing_rank_ends_all_with_its_own_error(base_dir, tiny, tmp_path, kind):
+    "Within seconds, also where the other is stuck and has SIGTERM caught."
+    script, failed = tmp_path / "ranks.py", base_dir / "failed"
+    script.write_text(RANKS)
+    tiny |= {"save_every": 2, "num_iterations": 50}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc_per_node=2", str(script), *flags],
+        cwd=ROOT,
+        env=os.environ | {"KIND": kind, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.time() - failed.stat().st_mtime
+    assert done.returncode != 0 and seconds < 20, done.stderr[-3000:]
+    said = done.stderr.partition("ChildFailedError")[0]  # what follows is torchrun's
+    assert said.count("error on rank") == 1, said
+    if kind == "nan":
+        assert "step 3 of base_train has loss" in said and "grad_norm nan" in said
+        assert "step_000002" in said and "one file for each rank" in said
+        dumps = sorted((base_dir / "runs").glob("base_train_step_000003_rank_*.json"))
+        found = [json.loads(dump.read_text())["gradients"] for dump in dumps]
+        assert found == [[], ["lm_head.weight"]]
+    else:
+        assert "error on rank 1: RuntimeError('enough')" in said
+    assert checkpoint.list_steps(base_dir / "base_checkpoints" / "d1") == [2]
 
 
 def test_streams_do_not_depend_on_ranks(tokenizer, monkeypatch):
@@ -252,6 +494,55 @@ def test_another_number_of_ranks_continues_with_the_same_text(
     assert found[:6] == expected[:6]
     assert max(abs(a - b) for a, b in zip(found, expected)) < 1e-4
     assert len(found) == 12
+
+
+def test_dtype_is_an_option(base_dir, tiny):
+    main(BaseConfig(**tiny, tag="full"))
+    full = losses(base_dir)
+    main(BaseConfig(**tiny, tag="named", dtype="float32"))
+    assert losses(base_dir) == full
+    main(BaseConfig(**tiny, tag="half", dtype="bfloat16"))
+    half = losses(base_dir)
+    assert half != full and half == pytest.approx(full, abs=0.1)
+    with pytest.raises(UserError, match="bfloat16 or float32"):
+        main(BaseConfig(**tiny, tag="none", dtype="float8"))
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_compile_is_an_option_on_the_cpu(base_dir, tiny, monkeypatch, flag):
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda m, **_: called.append(m) or m)
+    main(BaseConfig(**tiny, compile=flag))
+    assert len(called) == (flag is True)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_on_the_cpu_learns_the_same(base_dir, tiny, monkeypatch):
+    tiny |= {"num_iterations": 3, "eval_tokens": 128}
+    main(BaseConfig(**tiny, tag="plain"))
+    plain = losses(base_dir)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    main(BaseConfig(**tiny, compile=True, tag="compiled"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert losses(base_dir) == pytest.approx(plain, abs=1e-4)
+
+
+def test_options_of_the_loop_are_read(monkeypatch):
+    read = lambda *words: parse_config(BaseConfig, "base_train", [*words])
+    assert read().compile is None and read().grad_clip == 0
+    assert read("--compile").compile is read("--compile", "True").compile is True
+    assert read("--compile=False", "--grad-clip=1.0").compile is False
+    assert read("--grad-clip=1.0").grad_clip == 1.0
+
+
+def test_fields_that_came_later_leave_older_runs_what_they_were():
+    old = weight_settings(BaseConfig(tracker="wandb", compile=True))
+    assert not {"grad_clip", "dtype", "tracker", "compile"} & old.keys()
+    assert weight_settings(BaseConfig(grad_clip=1.0))["grad_clip"] == 1.0
+    assert weight_settings(BaseConfig(dtype="float32"))["dtype"] == "float32"
 
 
 def test_plan_matches_published_sizes():
