@@ -614,10 +614,14 @@ def test_ravine_widget_walks_as_python_does(page):
         "Adam": RATES["Adam"],
     }
     check_ravine(page, 200, 100, best)
-    sync_api.expect(page.locator(".sum")).to_contain_text("Adam is lowest")
+    sync_api.expect(page.locator(".sum")).to_contain_text(
+        "loss (bold) of Adam is lowest"
+    )
     page.get_by_label("Degrees between the ravine and the parameters").fill("45")
     check_ravine(page, 200, 100, best, turn=45)
-    sync_api.expect(page.locator(".sum")).to_contain_text("momentum is lowest")
+    sync_api.expect(page.locator(".sum")).to_contain_text(
+        "loss (bold) of momentum is lowest"
+    )
 
 
 def test_ravine_widget_by_keyboard(page):
