@@ -1,5 +1,5 @@
 """In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
-and the widgets of chapters 2 to 5."""
+and the widgets of chapters 2 to 5 and 7."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from nanochat.accounting import (
     parameter_counts,
     training_memory,
 )
+from nanochat.adamw import adamw_update
 from nanochat.attention import apply_rotary, precompute_rotary
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
@@ -546,3 +547,96 @@ def test_dial_widget_keeps_shared_heads_where_they_fit(page):
     for depth, kept in (("24", "2"), ("26", "13"), ("8", "4")):
         page.get_by_label("Depth, number of layers").fill(depth)
         assert heads.input_value() == kept
+
+
+RATES = {
+    "gradient descent": [0.07, 0.0],
+    "momentum": [0.2, 0.44],
+    "Nesterov": [0.12, 0.67],
+    "Adam": [0.5, 0.8],
+}
+RAVINE = {"kappa": 25, "steps": 40, "start": [10, 1], "beta2": 0.95, "rates": RATES}
+
+
+def descend(method: str, rate: float, beta: float, kappa: float, steps: int, turn: int):
+    "The same walk in tensors, with the AdamW and the `lerp` that train the models."
+    a = math.radians(turn)
+    axes = [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
+    axes = torch.tensor(
+        axes, dtype=torch.float64
+    )  # columns: the ravine's two directions
+    bend = axes @ torch.tensor([1.0, kappa]).double().diag() @ axes.T
+    p = axes @ torch.tensor(RAVINE["start"], dtype=torch.float64)
+    average, state, path = torch.zeros_like(p), {}, [p.clone()]
+    group = {"lr": rate, "betas": (beta, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    for _ in range(steps):
+        grad = bend @ p
+        average.lerp_(grad, 1 - beta)
+        if method == "Adam":
+            adamw_update(p, grad, state, group)
+        elif method == "Nesterov":
+            p -= rate * grad.lerp(average, beta)
+        else:
+            p -= rate * (average if method == "momentum" else grad)
+        path.append(p.clone())
+    return torch.stack(path) @ axes
+
+
+def check_ravine(page, kappa: int, steps: int, rates: dict, turn: int = 0) -> None:
+    "Compare the four walks of the widget with Python's."
+    shown = json.loads(page.locator(".ravine-widget").get_attribute("data-result"))
+    assert list(shown) == list(RATES)
+    for method, walk in shown.items():
+        assert [walk["rate"], walk["beta"]] == pytest.approx(rates[method], rel=1e-12)
+        path = descend(method, walk["rate"], walk["beta"], kappa, steps, turn)
+        seen = torch.tensor(walk["path"], dtype=torch.float64)
+        torch.testing.assert_close(seen, path, rtol=1e-6, atol=1e-9)
+        loss = (path.square() * torch.tensor([1.0, kappa])).sum(1) / 2
+        losses = torch.tensor(walk["losses"], dtype=torch.float64)
+        torch.testing.assert_close(losses, loss, rtol=1e-6, atol=1e-9)
+
+
+def test_ravine_widget_walks_as_python_does(page):
+    show_widget(page, "ravine.html", RAVINE)
+    check_ravine(page, 25, 40, RATES)
+    picture(page, "ravine")
+    page.get_by_label("Condition number, logarithmic").fill("2.3")
+    page.get_by_label("Steps", exact=True).fill("100")
+    check_ravine(page, 200, 100, RATES)
+    sync_api.expect(page.locator(".end").first).to_have_text("runs away")
+    page.get_by_role("button", name="Best in theory").press("Enter")
+    root = 200**0.5
+    r = (root - 1) / (root + 1)
+    best = {
+        "gradient descent": [2 / 201, 0],
+        "momentum": [4 / (1 + root) ** 2 / (1 - r * r), r * r],
+        "Nesterov": [1 / 200 / (1 - r), r],
+        "Adam": RATES["Adam"],
+    }
+    check_ravine(page, 200, 100, best)
+    sync_api.expect(page.locator(".sum")).to_contain_text(
+        "loss (bold) of Adam is lowest"
+    )
+    page.get_by_label("Degrees between the ravine and the parameters").fill("45")
+    check_ravine(page, 200, 100, best, turn=45)
+    sync_api.expect(page.locator(".sum")).to_contain_text(
+        "loss (bold) of momentum is lowest"
+    )
+
+
+def test_ravine_widget_by_keyboard(page):
+    show_widget(page, "ravine.html", RAVINE)
+    page.get_by_label("Momentum of momentum").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_label("Learning rate of Adam").focus()
+    page.keyboard.press("End")
+    page.get_by_label("Condition number, logarithmic").focus()
+    page.keyboard.press("Home")
+    page.get_by_label("Steps", exact=True).focus()
+    page.keyboard.press("ArrowLeft")
+    rates = RATES | {"momentum": [0.2, 0.45], "Adam": [10, 0.8]}
+    check_ravine(page, 1, 39, rates)
+    lines = page.locator(".map polyline")
+    assert lines.count() == 4
+    page.get_by_label("Show Adam").press("Space")
+    assert lines.count() == 3
