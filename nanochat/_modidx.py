@@ -116,6 +116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nanochat.checkpoint.fit_weights': ('training_process.html#fit_weights', 'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.list_steps': ('training_process.html#list_steps', 'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.load_model': ('training_process.html#load_model', 'nanochat/checkpoint.py'),
+                                     'nanochat.checkpoint.load_optimizer': ( 'training_process.html#load_optimizer',
+                                                                             'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.load_training_state': ( 'training_process.html#load_training_state',
                                                                                   'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.load_weights': ('training_process.html#load_weights', 'nanochat/checkpoint.py'),

@@ -179,7 +179,8 @@ class ChatConfig:
     keep: int = 2
     mixture: str = "small"  # small: the embedded conversations; full: from the hub
     extra: str = ""  # a .jsonl file of your own conversations, one on each line
-    extra_epochs: int = 1  # how often each of them is seen in one pass
+    extra_epochs: float = 1  # how often each of them is seen in one pass
+    warm_start: bool = False  # begin with the optimizer state of the model continued
     device: str = ""
     compile: bool = True
     seed: int = 42
