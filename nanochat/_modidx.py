@@ -207,6 +207,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat.download.continue_part': ('training_process.html#continue_part', 'nanochat/download.py'),
                                    'nanochat.download.fetch': ('training_process.html#fetch', 'nanochat/download.py'),
                                    'nanochat.download.fetch_all': ('training_process.html#fetch_all', 'nanochat/download.py'),
+                                   'nanochat.download.fetch_part': ('training_process.html#fetch_part', 'nanochat/download.py'),
+                                   'nanochat.download.locked': ('training_process.html#locked', 'nanochat/download.py'),
                                    'nanochat.download.verify': ('training_process.html#verify', 'nanochat/download.py')},
             'nanochat.engine': { 'nanochat.engine.ControlTokens': ('implementation_details.html#controltokens', 'nanochat/engine.py'),
                                  'nanochat.engine.ControlTokens.of': ('implementation_details.html#controltokens.of', 'nanochat/engine.py'),
