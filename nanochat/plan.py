@@ -130,7 +130,7 @@ class BaseConfig:
     eval_tokens: int = 10_485_760  # validation tokens of a measurement
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints that stay; 0: all
-    data: str = ""  # embedded, hub, or a path to .parquet or .txt files
+    data: str = ""  # embedded, hub, a path to .parquet or .txt files, or hf:NAME
     best_fit: bool = False  # rows begin with a document; what does not fit is cropped
     device: str = ""  # cuda, mps or cpu; empty: the fastest present
     compile: bool = True  # torch.compile on GPUs
