@@ -3,7 +3,7 @@
     python dev/ranks.py
 
 A small GPT (one key-value head, a vocabulary that no number of ranks divides, three
-layers) reads the same batches of the embedded corpus on every number of ranks. Measured
+layers, a scalar here and there) reads the same batches of the embedded corpus on every number of ranks. Measured
 are the largest difference of a weight to the run of one rank, the bytes of optimizer state
 that each rank keeps, the bytes that each rank sends in a step (as a ring of ranks would
 send them), and the time of a step, which says little where more processes than cores
@@ -39,8 +39,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def build(padding: int, dtype: torch.dtype) -> GPT:
     "Make the same model in every process; its tables have a multiple of `padding` rows."
-    shape = dict(sequence_len=T, vocab_size=V, pad_vocab_to=padding)
-    model = GPT(GPTConfig(**shape, n_layer=3, n_head=4, n_kv_head=1, n_embd=32), dtype)
+    shape = dict(n_layer=3, n_head=4, n_kv_head=1, n_embd=32, stream_scalars=True)
+    config = GPTConfig(T, V, pad_vocab_to=padding, **shape)
+    model = GPT(config, dtype)
     model.init_weights(0)
     return model.to(dtype)
 

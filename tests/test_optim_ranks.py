@@ -159,7 +159,9 @@ def test_fifty_steps_of_a_gpt_end_in_the_same_weights(tmp_path, ranks, padding):
         if padding == 64:  # the tables are shared out too
             # What remains: of each shape of matrix at most one more than the others.
             numbers = 2 * (4096 + 80) + (1024 + 32) + (256 + 8)  # momenta, variances
-            assert max(state) <= one["state_bytes"][0] / world + 8 * numbers
-            assert sum(state) <= one["state_bytes"][0] + 16 * world
+            assert max(state) <= one["state_bytes"][0] / world + 8 * numbers + 512
+            assert (
+                sum(state) <= one["state_bytes"][0] + 512 * world
+            )  # scalars, counters
         else:
             assert min(state) > one["state_bytes"][0] / world  # they are not
