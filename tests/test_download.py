@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         elif trick == "long":
             self.reply(status, rest + b"more", **extra)
         elif trick == "drip":
-            time.sleep(0.5)  # the other process comes in between
+            time.sleep(1)  # the other process comes in between
             self.reply(status, rest, **extra)
         elif trick == "slow":
             time.sleep(0.3)
@@ -289,14 +289,25 @@ FETCH = """
 import sys
 from pathlib import Path
 from nanochat.download import fetch
+print("ready", flush=True)
+input()
 fetch("x", [sys.argv[1]], Path(sys.argv[2]), timeout=5, pause=0.01)
 print("done")
 """
 
 
 def other(server, folder) -> subprocess.Popen:
+    "Start a process that is about to fetch; a line lets it go."
     command = [sys.executable, "-c", FETCH, server.url, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def wait_for(condition) -> None:
@@ -309,6 +320,8 @@ def wait_for(condition) -> None:
 def test_two_processes_fetch_a_file_once(serve, tmp_path):
     server = serve([("drip", HASHED), ("drip", HASHED)])
     processes = [other(server, tmp_path) for _ in range(2)]
+    for process in processes:
+        go(process)
     assert [p.communicate()[0] for p in processes] == ["done\n"] * 2
     assert (tmp_path / "x").read_bytes() == BODY
     assert server.ranges("x") == [None] and only(tmp_path, "x")
@@ -316,11 +329,13 @@ def test_two_processes_fetch_a_file_once(serve, tmp_path):
 
 def test_a_killed_process_leaves_no_lock_and_its_bytes_are_used(serve, tmp_path):
     server = serve([("stall", HASHED)])
-    killed, part = other(server, tmp_path), tmp_path / "x.part"
+    killed, waiting = other(server, tmp_path), other(server, tmp_path)
+    part = tmp_path / "x.part"
+    go(killed)
     wait_for(lambda: part.exists() and part.stat().st_size == 150_000)
-    waiting = other(server, tmp_path)
-    with pytest.raises(subprocess.TimeoutExpired):
-        waiting.wait(0.3)
+    go(waiting)
+    time.sleep(1)
+    assert waiting.poll() is None and server.ranges("x") == [None]
     killed.kill()
     killed.communicate()
     assert (tmp_path / ".x.lock").exists()  # the file is stale, the lock is not
