@@ -1,11 +1,17 @@
 """Kill training at random moments, resume it, and compare with a run that was left alone.
 
     python dev/kill_test.py --kills 12 --seed 0
+    python dev/kill_test.py --kills 6 --ranks 2 --stages base_train
 
 Every stage runs once undisturbed. Then it is killed (SIGKILL, which no program can catch)
 at random moments and started again with the same command, until it has been killed often
 enough and is finished. Weights, optimizer state, cursors and loss curve must be the same
 bit for bit. Writes dev/records/kill_resume.json; a run of 48 kills takes some 15 minutes.
+
+With --ranks 2 a stage is a group of processes with the environment that torchrun gives.
+Kills take all of them and one of them, drawn at random, in turn; the others are then asked
+to end and, if they cannot, killed too, which is what torchrun does. The record of such runs
+has a key of its own.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -47,33 +54,62 @@ OPTIONS = {
 CLOCK = ("tokens_per_second", "mfu", "seconds")  # what may differ in the log
 
 
-def work(stage: str, base: Path, options: list[str]) -> None:
+def work(stage: str, base: Path, options: list[str], ranks: dict[str, str]) -> None:
     "Be the process that runs a command and keeps what it says in a file."
-    said = open(base / "said.txt", "w", buffering=1)
+    os.environ.update(ranks, NANOCHAT_BASE_DIR=str(base))
+    said = open(base / f"said_{ranks.get('RANK', 0)}.txt", "w", buffering=1)
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     sys.argv = [stage, *options]
-    os.environ["NANOCHAT_BASE_DIR"] = str(base)
     runpy.run_module(f"scripts.{stage}", run_name="__main__")
 
 
-def start(stage: str, base: Path, quick: bool = False):  # the process
-    "Start a stage in a fork of this process, which has imported everything already."
+def launch(stage: str, base: Path, options: list[str], ranks: int = 1) -> list:
+    "Start a command in forks of this process, which has imported everything already."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        given = (stage, base, options, place | meet if ranks > 1 else {})
+        processes.append(get_context("fork").Process(target=work, args=given))
+        processes[-1].start()
+    return processes
+
+
+def start(stage: str, base: Path, quick: bool = False, ranks: int = 1) -> list:
+    "Start a stage; one process for each rank."
     steps = STEPS[stage] // 2 if quick else STEPS[stage]
     name = "num-steps" if stage == "chat_rl" else "num-iterations"
     options = [*OPTIONS[stage].split(), f"--{name}={steps}", "--save-every=3"]
     options += ["--preset=cpu", "--device=cpu"]
     options += ["--source=base"] if quick and stage == "chat_rl" else []
-    process = get_context("fork").Process(target=work, args=(stage, base, options))
-    process.start()
-    return process
+    return launch(stage, base, options, ranks)
 
 
-def finish(process, base: Path) -> None:
+def finish(processes: list, base: Path) -> None:
     "Wait for a stage that must succeed."
-    process.join()
-    if process.exitcode:
-        raise SystemExit((base / "said.txt").read_text()[-2000:])
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        said = [f.read_text()[-2000:] for f in sorted(base.glob("said_*.txt"))]
+        raise SystemExit("\n".join(said))
+
+
+def kill(processes: list, victims: list) -> bool:  # whether one of them still ran
+    "Kill some ranks without warning, then end the others as torchrun does."
+    for process in victims:
+        process.kill()
+        process.join()
+    if all(process.exitcode != -signal.SIGKILL for process in victims):
+        return False
+    for end in ("terminate", "kill"):
+        for process in processes:
+            getattr(process, end)()
+        for process in processes:
+            process.join(5)
+    return True
 
 
 def state(stage: str, base: Path) -> dict[str, str]:  # file -> SHA-256
@@ -98,27 +134,34 @@ def interrupt(
     seconds: float,  # of a whole run
     dice: random.Random,
     quick: bool = False,
+    ranks: int = 1,
 ) -> list[dict]:  # when each kill struck and what it found
     "Kill and resume a stage until it has been killed often enough and is finished."
     struck = []
     while len(struck) < kills:
-        process, moment = start(stage, base, quick), dice.uniform(0.2, 1.0) * seconds
-        process.join(moment)
-        process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
+        processes = start(stage, base, quick, ranks)
+        moment = dice.uniform(0.2, 1.0) * seconds
+        victims = processes
+        if ranks > 1 and len(struck) % 2:
+            victims = [dice.choice(processes)]
+        until = time.time() + moment
+        for process in processes:
+            process.join(max(0, until - time.time()))
+        if kill(processes, victims):
             folder = base / f"{FOLDERS[stage]}_checkpoints"
             steps = [int(f.name[5:]) for f in folder.glob("*/step_*")]
             half = len(list(folder.glob("*/.step_*")))
             record = {"after": round(moment, 2), "saved": max(steps, default=0)}
-            struck.append(record | {"half_written": half})
+            record |= {"half_written": half}
+            if ranks > 1:
+                record["ranks"] = [processes.index(victim) for victim in victims]
+            struck.append(record)
             print(stage, struck[-1], file=sys.stderr, flush=True)
-        elif process.exitcode:
-            finish(process, base)
         else:  # it was finished before its moment came: begin a new run
+            finish(processes, base)
             seconds *= 0.9
             shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
-    finish(start(stage, base, quick), base)
+    finish(start(stage, base, quick, ranks), base)
     return struck
 
 
@@ -128,6 +171,7 @@ def check(
     kills: int,
     dice: random.Random,
     quick: bool = False,  # half the steps; RL starts from the base model
+    ranks: int = 1,
 ) -> dict:  # what was compared
     "Run a stage undisturbed and disturbed."
     import_module(f"scripts.{stage}")
@@ -135,9 +179,9 @@ def check(
         torch.nn.Embedding(1, 1)  # imports for seconds what every stage needs
     disturbed = Path(shutil.copytree(alone, alone.with_name(f"killed_{stage}")))
     begun = time.time()
-    finish(start(stage, alone, quick), alone)
+    finish(start(stage, alone, quick, ranks), alone)
     seconds = time.time() - begun
-    struck = interrupt(stage, disturbed, kills, seconds, dice, quick)
+    struck = interrupt(stage, disturbed, kills, seconds, dice, quick, ranks)
     expected, found = state(stage, alone), state(stage, disturbed)
     shutil.rmtree(disturbed)
     different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
@@ -156,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="base_train,mid_train,chat_sft,chat_rl")
     parser.add_argument("--quick", action="store_true", help="half the steps, no SFT")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a stage")
     record = ROOT / "dev" / "records" / "kill_resume.json"
     parser.add_argument("--out", type=Path, default=record)
     options = parser.parse_args()
@@ -164,13 +209,11 @@ def main() -> None:
         alone = Path(folder) / "alone"
         alone.mkdir()
         flags = ["--vocab-size=600", "--max-chars=200000", "--preset=cpu"]
-        child = get_context("fork").Process(
-            target=work, args=("tok_train", alone, flags)
-        )
-        child.start()
-        finish(child, alone)
+        finish(launch("tok_train", alone, flags), alone)
         for stage in options.stages.split(","):
-            record = check(stage, alone, options.kills, dice, options.quick)
+            record = check(
+                stage, alone, options.kills, dice, options.quick, options.ranks
+            )
             records.append(record)
             saved = [kill["saved"] for kill in record["kills"]]
             verdict = f"DIFFERENT: {record['different']}" if record["different"] else ""
@@ -179,9 +222,13 @@ def main() -> None:
                 f"{verdict or 'bit-identical'}",
                 flush=True,
             )
+            command = " ".join(["python dev/kill_test.py", *sys.argv[1:]])
             result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
-            text = json.dumps(result | {"stages": records}, indent=1) + "\n"
-            options.out.write_text(text)
+            result |= {"command": command, "stages": records}
+            if options.ranks > 1:
+                result = {f"ranks_{options.ranks}": result}
+            kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+            options.out.write_text(json.dumps(kept | result, indent=1) + "\n")
     sys.exit(any(record["different"] for record in records))
 
 

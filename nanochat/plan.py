@@ -131,7 +131,7 @@ class BaseConfig:
     eval_tokens: int = 10_485_760  # validation tokens of a measurement
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints that stay; 0: all
-    data: str = ""  # embedded, hub, or a path to .parquet or .txt files
+    data: str = ""  # embedded, hub, a path to .parquet or .txt files, or hf:NAME
     best_fit: bool = False  # rows begin with a document; what does not fit is cropped
     device: str = ""  # cuda, mps or cpu; empty: the fastest present
     dtype: str = ""  # bfloat16 or float32; empty: bfloat16 on GPUs that have it
@@ -183,7 +183,8 @@ class ChatConfig:
     keep: int = 2
     mixture: str = "small"  # small: the embedded conversations; full: from the hub
     extra: str = ""  # a .jsonl file of your own conversations, one on each line
-    extra_epochs: int = 1  # how often each of them is seen in one pass
+    extra_epochs: float = 1  # how often each of them is seen in one pass
+    warm_start: bool = False  # begin with the optimizer state of the model continued
     device: str = ""
     dtype: str = ""
     compile: bool | None = None

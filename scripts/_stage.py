@@ -109,6 +109,7 @@ def run_stage(
     evaluators: list,  # (every, function() -> dict)
     tag: str,
     parent: str = "",  # hash of the weights that the stage starts from
+    warm: Path | None = None,  # checkpoint whose optimizer state a new run begins with
 ) -> dict:
     "Train one stage, from wherever an interrupted run stopped."
     world, device = get_dist_info()[2], model.get_device()
@@ -127,6 +128,10 @@ def run_stage(
     elif path is not None:
         cursors = checkpoint.load_training_state(path, model, optimizer)
         print0(f"{stage}: continuing from step {meta['step']} of {path}")
+    elif warm is not None:
+        checkpoint.read_meta(warm, "optimizer*")
+        checkpoint.load_optimizer(warm, optimizer)
+        print0(f"{stage}: the optimizer begins with the state of {warm}")
     factor, fall = getattr(config, "lr_frac", 1.0), config.warmdown_ratio
     rise, final = getattr(config, "warmup_ratio", 0.0), config.final_lr_frac
     total = plan.num_steps
@@ -193,8 +198,8 @@ def run_chat_stage(
     "Continue a model on conversations."
     device, world = compute_init(config.device), get_dist_info()[2]
     if config.extra:
-        own = [CustomJSON(config.extra)] * config.extra_epochs
-        tasks = TaskMixture([tasks[0], *own]), tasks[1]
+        both, epochs = [tasks[0], CustomJSON(config.extra)], [1, config.extra_epochs]
+        tasks = TaskMixture(both, epochs=epochs), tasks[1]
     model, tokenizer, meta = checkpoint.load_model(
         sources[0], device, config.source_tag
     )
@@ -242,6 +247,7 @@ def run_chat_stage(
         [(config.eval_every, validate)],
         config.tag or Path(meta["path"]).parent.name,
         meta["sha256"]["model.safetensors"],
+        Path(meta["path"]) if config.warm_start else None,
     )
     cut, dropped = (results.get(f"conversations_{k}", 0) for k in ("cut", "dropped"))
     if cut or dropped:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from nanochat import checkpoint
 from nanochat.chat_data import chat_batches, row_stream
 from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import ChatConfig
+from nanochat.train import accumulate
 
 CPU = torch.device("cpu")
 
@@ -88,15 +90,56 @@ def test_counts_survive_a_resume(tokenizer):
     assert batches[-1].cursor["cut"] > 0
 
 
-def test_only_answers_carry_loss_through_the_loader(tokenizer):
-    chats = [talk(i, 2, 5) for i in range(80)]
-    batch = next(chat_batches(tokenizer, chats, 2, 128, CPU))
-    learnt = tokenizer.decode([t for t in batch.targets.flatten().tolist() if t >= 0])
-    assert "word" in learnt and "question" not in learnt
-    where = batch.targets >= 0
-    assert torch.equal(
-        batch.targets[:, :-1][where[:, :-1]], batch.inputs[:, 1:][where[:, :-1]]
-    )
+def spans(batch) -> list[list[int]]:
+    "The runs of targets that carry loss, row by row."
+    found = []
+    for row in batch.targets.tolist():
+        inside = False
+        for token in row:
+            if token >= 0 and not inside:
+                found.append([])
+            inside = token >= 0
+            if inside:
+                found[-1].append(token)
+    return found
+
+
+def test_exactly_the_answers_carry_loss_through_the_loader(tokenizer):
+    chats = [talk(i, 1 + i % 3, 2 + i % 5) for i in range(80)]
+    source = chat_batches(tokenizer, chats, 2, 128, CPU)
+    seen, answers = Counter(), Counter()
+    for chat in chats:
+        said = [m["content"] for m in chat["messages"] if m["role"] == "assistant"]
+        answers.update(f"{text}<|assistant_end|>" for text in said)
+    cursor = {"epoch": 0}
+    while cursor["epoch"] < 3:
+        batch = next(source)
+        cursor = batch.cursor
+        seen.update(tokenizer.decode(span) for span in spans(batch))
+        where = batch.targets[:, :-1] >= 0
+        assert torch.equal(batch.targets[:, :-1][where], batch.inputs[:, 1:][where])
+    assert seen.keys() == answers.keys()  # nothing else, and no piece of an answer
+    assert sum(seen.values()) > 2 * sum(answers.values())
+
+
+def test_a_batch_without_a_trained_token_does_no_harm(tokenizer):
+    "Only user messages: the loader gives targets of -1, the step is that of the others."
+    silent = [
+        {"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(70)
+    ]
+    rows, _ = next(row_stream(tokenizer, silent, 0, 1, (2, 64), None, False))
+    assert not any(any(mask) for _, mask in rows)
+    batch = next(chat_batches(tokenizer, silent, 2, 64, CPU))
+    assert (batch.targets == -1).all()
+    good = next(chat_batches(tokenizer, [talk(i, 2, 5) for i in range(70)], 2, 64, CPU))
+    steps = []
+    for micro in ([good], [good, batch], [batch]):
+        model = GPT(GPTConfig(64, tokenizer.get_vocab_size(), 1, 2, 1, 16))
+        model.init_weights(0)
+        loss = accumulate(model, micro)
+        steps.append((loss.item(), model.lm_head.weight.grad.clone()))
+    assert steps[0][0] == steps[1][0] and torch.equal(steps[0][1], steps[1][1])
+    assert steps[2][0] == 0 and not steps[2][1].any()
 
 
 def test_own_conversations_join_and_too_long_ones_are_reported(

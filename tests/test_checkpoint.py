@@ -325,6 +325,20 @@ def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
     assert len(base["sha256"]) == len(rl["sha256"]) == 5  # 3 files, results, log
 
 
+def test_two_ranks_killed_together_or_one_alone_resume_bit_for_bit(tmp_path):
+    out = tmp_path / "kill_resume.json"
+    flags = ["--kills=2", "--ranks=2", "--stages=base_train", "--quick"]
+    command = [sys.executable, "dev/kill_test.py", *flags, f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (base,) = json.loads(out.read_text())["ranks_2"]["stages"]
+    assert [len(kill["ranks"]) for kill in base["kills"]] == [2, 1]
+    names = {"log", "model.safetensors", "results"}
+    names |= {f"cursors_0000{rank}.json" for rank in range(2)}
+    names |= {f"optimizer_0000{rank}_of_00002.safetensors" for rank in range(2)}
+    assert base["sha256"].keys() == names and not base["different"]
+
+
 def test_a_save_takes_less_than_a_step(tmp_path):
     "At depth 4 with the batch of the cpu preset, 4,096 tokens."
     model = GPT(model_config(4, 2048, 256))

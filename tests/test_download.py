@@ -1,8 +1,12 @@
 """Downloads from a local server that stalls, cuts, corrupts, redirects and is busy."""
 
+import errno
 import hashlib
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,8 +16,9 @@ import pytest
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.download import fetch, fetch_all
+from nanochat.download import fetch, fetch_all, locked
 
+ROOT = Path(__file__).parents[1]
 BODY = bytes(i * i % 251 for i in range(300_000))
 GOOD = hashlib.sha256(BODY).hexdigest()
 HASHED = {"ETag": f'"{GOOD}"'}
@@ -82,6 +87,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, spoiled, **extra)
         elif trick == "long":
             self.reply(status, rest + b"more", **extra)
+        elif trick == "drip":
+            time.sleep(1)  # the other process comes in between
+            self.reply(status, rest, **extra)
         elif trick == "slow":
             time.sleep(0.3)
             self.reply(status, rest, **extra)
@@ -275,6 +283,109 @@ def shards(tmp_path, monkeypatch) -> dict[str, bytes]:
     monkeypatch.delenv("NANOCHAT_OFFLINE", raising=False)
     last = dataset.HUB_SHARDS - 1
     return {f"shard_{i:05d}.parquet": parquet(f"text {i}") for i in (0, 1, last)}
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from nanochat.download import fetch
+print("ready", flush=True)
+input()
+fetch("x", [sys.argv[1]], Path(sys.argv[2]), timeout=5, pause=0.01)
+print("done")
+"""
+
+
+def other(server, folder) -> subprocess.Popen:
+    "Start a process that is about to fetch; a line lets it go."
+    command = [sys.executable, "-c", FETCH, server.url, str(folder)]
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_two_processes_fetch_a_file_once(serve, tmp_path):
+    server = serve([("drip", HASHED), ("drip", HASHED)])
+    processes = [other(server, tmp_path) for _ in range(2)]
+    for process in processes:
+        go(process)
+    assert [p.communicate()[0] for p in processes] == ["done\n"] * 2
+    assert (tmp_path / "x").read_bytes() == BODY
+    assert server.ranges("x") == [None] and only(tmp_path, "x")
+
+
+def test_a_killed_process_leaves_no_lock_and_its_bytes_are_used(serve, tmp_path):
+    server = serve([("stall", HASHED)])
+    killed, waiting = other(server, tmp_path), other(server, tmp_path)
+    part = tmp_path / "x.part"
+    go(killed)
+    wait_for(lambda: part.exists() and part.stat().st_size == 150_000)
+    go(waiting)
+    time.sleep(1)
+    assert waiting.poll() is None and server.ranges("x") == [None]
+    killed.kill()
+    killed.communicate()
+    assert (tmp_path / ".x.lock").exists()  # the file is stale, the lock is not
+    assert waiting.communicate()[0] == "done\n"
+    assert server.ranges("x") == [None, HALF] and only(tmp_path, "x")
+    assert (tmp_path / "x").read_bytes() == BODY
+
+
+def test_many_threads_and_a_lock_that_is_deleted_under_them(tmp_path):
+    inside, most = [], []
+
+    def work(number: int) -> None:
+        with locked(tmp_path / "lock"):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert max(most) == 1 and len(most) == 40 and only(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(serve, tmp_path, monkeypatch):
+    def closed(path, *args, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    server = serve([])
+    monkeypatch.setattr("nanochat.download.open", closed, raising=False)
+    with pytest.raises(
+        UserError, match=r"Read-only.*writable, or set NANOCHAT_BASE_DIR"
+    ):
+        get(tmp_path, server)
+    assert not server.asked
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "mkdir", closed)
+    with pytest.raises(UserError, match="writable, or set NANOCHAT_BASE_DIR"):
+        get(tmp_path / "new", server)
+
+
+def test_the_network_may_go_away_in_the_middle(serve, tmp_path):
+    server = serve([("cut", {})] * 20)
+    with pytest.raises(UserError, match=r"cut after .* of 300,000 bytes"):
+        get(tmp_path, server, attempts=1)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"could not fetch x: http.*refused"):
+        get(tmp_path, server, attempts=2)
+    assert only(tmp_path, "x.part")  # what came is kept
+    assert (tmp_path / "x.part").read_bytes() == BODY[:150_000]
 
 
 def test_offline_names_what_is_missing(serve, shards, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.dataloader import batches, prefetch, take_row
+from nanochat.dataloader import batches, copy_queue, prefetch, take_row, to_device
 from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT
 from nanochat.plan import model_config
@@ -267,3 +268,81 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
     assert list(islice(ahead, 9)) == list(range(9))
     with pytest.raises(UserError, match="no more text"):
         next(ahead)
+
+
+def test_a_copy_to_a_gpu_is_pinned_ordered_and_kept(monkeypatch):
+    """What CUDA is told, in order, on a machine that has none.
+
+    The pinned buffer needs no care of ours: torch's allocator of pinned memory notes the
+    queue of a copy that does not block, and gives the buffer away after it.
+    """
+    told, now = [], ["compute"]
+
+    class Queue:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(queue):
+        now.append(queue.name)
+        yield
+        now.pop()
+
+    class Ids:
+        def pin_memory(self):
+            told.append(f"pin on {now[-1]}")
+            return self
+
+        def to(self, device, non_blocking=False):
+            assert non_blocking
+            told.append(f"copy on {now[-1]}")
+            return self
+
+        def record_stream(self, queue):
+            told.append(f"kept for {queue.name}")
+
+    monkeypatch.setattr(
+        "nanochat.dataloader.copy_queue", lambda device: Queue("copies")
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Queue("compute"))
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    ids = Ids()
+    assert to_device(ids, torch.device("cuda", 1)) is ids
+    assert told == [
+        "pin on copies",
+        "copy on copies",
+        "compute waits for copies",  # before anything reads the copy
+        "kept for compute",  # until what computes with it is done
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_arrive_whole_behind_a_slow_queue():
+    device = torch.device("cuda", 0)
+    sums = []
+    for i in range(50):
+        with torch.cuda.stream(copy_queue(device)):
+            torch.cuda._sleep(2_000_000)  # about a millisecond in front of the copy
+        sums.append(to_device(torch.full((64, 1024), i), device).sum())
+        torch.cuda._sleep(1_000_000)
+    assert [s.item() for s in sums] == [i * 64 * 1024 for i in range(50)]
+
+
+def test_prefetch_prepares_as_many_as_asked_and_no_more():
+    drawn = []
+
+    def source():
+        for i in count():
+            drawn.append(i)
+            yield i
+
+    ahead = prefetch(source(), depth=3)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 5
+    while len(drawn) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(drawn) == 5  # one is used, three wait, one is in the hand

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from nanochat.adamw import AdamW, own_rows
@@ -426,6 +428,25 @@ def test_schedule():
     assert scales[0] == pytest.approx(0.1) and scales[9] == scales[80] == 1.0
     assert scales[90] == pytest.approx(0.55) and scales[99] == pytest.approx(0.145)
     assert lr_scale(0, 1) == 1.0 and lr_scale(7, 10, 0, 0) == 1.0
+
+
+@given(
+    num_steps=st.integers(1, 400),
+    warmup=st.floats(0, 1),
+    warmdown=st.floats(0, 1),
+    final_frac=st.floats(0, 1),
+)
+def test_the_rate_is_never_negative_nor_above_its_peak(
+    num_steps, warmup, warmdown, final_frac
+):
+    scales = [
+        lr_scale(step, num_steps, warmup, warmdown, final_frac)
+        for step in range(num_steps)
+    ]
+    assert 0 < min(scales) <= max(scales) <= 1
+    top = scales.index(max(scales))
+    assert scales[: top + 1] == sorted(scales[: top + 1])
+    assert scales[top:] == sorted(scales[top:], reverse=True)
 
 
 def test_batch_and_horizon():

@@ -172,6 +172,21 @@ def test_bad_text_is_explained(tmp_path):
         read("train", tmp_path)
 
 
+def test_an_empty_shard_is_passed_over_and_only_empty_ones_are_an_error(tmp_path):
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"train split .*no text.*: add documents"):
+        read("train", tmp_path)
+    texts = [f"document number {i}" for i in range(40)]
+    write_shard(tmp_path / "b.parquet", [*texts[:20], "", *texts[20:]])
+    pq.write_table(empty, tmp_path / "c.parquet")
+    assert sorted(read("train", tmp_path) + read("val", tmp_path)) == sorted(texts)
+    documents = list(dataset.iter_documents("train", data=str(tmp_path), epochs=2))
+    for (_, cursor), (text, _) in zip(documents, documents[1:]):
+        rest = dataset.iter_documents("train", 0, 1, cursor, str(tmp_path), 2)
+        assert next(rest)[0] == text
+
+
 def test_corrupt_row_group_is_named(tmp_path):
     write_shard(tmp_path / "a.parquet", [chr(97 + i) * 4000 for i in range(20)])
     raw = bytearray((tmp_path / "a.parquet").read_bytes())

@@ -334,6 +334,62 @@ def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
         assert sorted(together) == sorted(step_indices(8, step, CONFIG))
 
 
+def roll_out_each(engine, task, indices, config, seed, num_samples=0) -> Rollout:
+    "Sample for each prompt with a seed of its own, whatever rank it is on."
+    parts = [roll_out(engine, task, [i], config, i, num_samples) for i in indices]
+    return Rollout(
+        ids=[row for part in parts for row in part.ids],
+        mask=[row for part in parts for row in part.mask],
+        rewards=torch.cat([part.rewards for part in parts]),
+        ended=sum(part.ended for part in parts) / len(parts),
+    )
+
+
+def policy_weights() -> tuple[list[dict], dict]:
+    "Take three steps in float64 with the same replies on any number of ranks."
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    config = GPTConfig(sequence_len=64, vocab_size=265, **shape)
+    model = GPT(config, torch.float64)
+    model.init_weights(0)
+    model = model.double()
+    engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.rl.roll_out", roll_out_each)
+        torch.set_default_dtype(torch.float64)  # the engine's tables follow it
+        try:
+            take = lambda step: policy_step(engine, optimizer, Vowels(), CONFIG, step)
+            records = [take(step) for step in range(3)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return records, model.state_dict()
+
+
+def rank_weights(rank, world, port, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NANOCHAT_BASE_DIR=folder,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    compute_init("cpu")
+    torch.save(policy_weights(), f"{folder}/{rank}.pt")
+    compute_cleanup()
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    records, weights = policy_weights()
+    assert all(0 < r["informative"] for r in records)  # there is something to learn
+    mp.spawn(rank_weights, (2, free_port(), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found, theirs = torch.load(tmp_path / f"{rank}.pt")
+        for mine, other in zip(records, found):
+            for name in mine.keys() - {"seconds"}:
+                assert other[name] == pytest.approx(mine[name], rel=1e-6), name
+        for name, value in weights.items():
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5, msg=name)
+    fresh = tiny_model().state_dict()["transformer.h.0.mlp.c_fc.weight"]
+    assert (weights["transformer.h.0.mlp.c_fc.weight"] - fresh).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("field", ["num_steps", "num_samples", "max_new_tokens"])
 def test_impossible_settings_are_user_errors(field):
     with pytest.raises(UserError):

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,6 +103,34 @@ def test_mixture_holds_everything_once_and_sequence_keeps_order():
     assert sorted(mixture) == sorted(everything) and list(mixture) != everything
     assert list(mixture) == list(again) != list(TaskMixture(tasks, seed=7))
     assert list(TaskSequence(tasks)) == everything
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    quarters=st.lists(st.integers(0, 13), min_size=4, max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_epochs_count_each_example_as_often_as_asked(sizes, quarters, seed):
+    epochs = [q / 4 for q in quarters[: len(sizes)]]
+    tasks = [Numbers(100 * (t + 1), stop=n) for t, n in enumerate(sizes)]
+    mixture = TaskMixture(tasks, seed, epochs)
+    seen = Counter(mixture.index)
+    for t, (n, times) in enumerate(zip(sizes, epochs)):
+        counts = [seen[t, i] for i in range(n)]
+        assert sum(counts) == round(times * n)
+        assert max(counts, default=0) - min(counts, default=0) <= 1
+    assert mixture.index == TaskMixture(tasks, seed, epochs).index
+
+
+def test_epochs_that_make_no_sense_are_refused_and_whole_ones_are_copies():
+    tasks = [Numbers(5), Numbers(9)]
+    for epochs in ([1], [1, -0.5], [1, float("nan")]):
+        with pytest.raises(UserError, match="one number, 0 or more"):
+            TaskMixture(tasks, epochs=epochs)
+    twice = TaskMixture([tasks[0], tasks[1], tasks[1]])
+    assert list(TaskMixture(tasks, epochs=[1, 2])) == list(twice)
+    halves = [TaskMixture([Numbers(40)], seed, [0.5]) for seed in (0, 1)]
+    assert set(halves[0]) != set(halves[1])
 
 
 def test_ranks_share_a_task_without_overlap():

@@ -72,20 +72,31 @@ class TaskMixture(Task):
 
     def __init__(
         self,
-        tasks: Sequence[Task],  # name a task twice to see its examples twice
+        tasks: Sequence[Task],
         seed: int = 42,  # order of the mixture
+        epochs: Sequence[float] | None = None,  # of each task in a pass; None: 1 each
         **view: Any,  # start, stop, step
     ):
         super().__init__(**view)
-        self.tasks = list(tasks)
-        self.index = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
+        self.tasks, self.index = list(tasks), []
+        epochs = [1] * len(self.tasks) if epochs is None else list(epochs)
+        if len(epochs) != len(self.tasks) or not all(0 <= e < 1e6 for e in epochs):
+            raise UserError(
+                f"epochs={epochs} for {len(self.tasks)} tasks: give one number, 0 or "
+                "more, for each"
+            )
+        for t, (task, times) in enumerate(zip(self.tasks, epochs)):
+            whole, part = divmod(round(times * len(task)), len(task) or 1)
+            some = random.Random(f"{seed} {t}").sample(range(len(task)), part)
+            rows = [*range(len(task))] * whole + sorted(some)
+            self.index += [(t, i) for i in rows]
         self._order(seed)
 
     def _order(self, seed: int) -> None:
         random.Random(seed).shuffle(self.index)
 
     def num_examples(self) -> int:
-        "Count the examples of all tasks together."
+        "Count the examples of one pass."
         return len(self.index)
 
     def get_example(self, index: int) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""Share one training step among 1, 2, 4 and 8 processes and measure what that changes.
+
+    python dev/ranks.py
+
+A small GPT (one key-value head, a vocabulary that no number of ranks divides, three
+layers, a scalar here and there) reads the same batches of the embedded corpus on every number of ranks. Measured
+are the largest difference of a weight to the run of one rank, the bytes of optimizer state
+that each rank keeps, the bytes that each rank sends in a step (as a ring of ranks would
+send them), and the time of a step, which says little where more processes than cores
+share one machine. Writes dev/records/ranks.json in about a minute.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.common import environment
+from nanochat.dataset import iter_documents
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import OptimConfig, setup_optimizer
+
+ROWS, T, V = 8, 32, 251  # rows of a step over all ranks, context, vocabulary
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def build(padding: int, dtype: torch.dtype) -> GPT:
+    "Make the same model in every process; its tables have a multiple of `padding` rows."
+    shape = dict(n_layer=3, n_head=4, n_kv_head=1, n_embd=32, stream_scalars=True)
+    config = GPTConfig(T, V, pad_vocab_to=padding, **shape)
+    model = GPT(config, dtype)
+    model.init_weights(0)
+    return model.to(dtype)
+
+
+def read_rows(steps: int) -> torch.Tensor:  # (steps, ROWS, T + 1) bytes of text
+    "Cut the embedded corpus into the rows of all steps."
+    need, text = steps * ROWS * (T + 1), b""
+    for document, _ in islice(iter_documents("train"), 200):
+        text += bytes(b for b in document.encode() if b < V)
+        if len(text) >= need:
+            break
+    return torch.tensor(list(text[:need])).view(steps, ROWS, T + 1)
+
+
+class Meter:
+    "Count the bytes that this rank sends, each collective as a ring performs it."
+
+    def __init__(self):
+        self.sent, world = 0, dist.get_world_size() if dist.is_initialized() else 1
+        names = {"reduce_scatter_single": 1, "reduce_scatter_tensor": 1}
+        names |= {"all_gather_single": 0, "all_gather_into_tensor": 0, "all_reduce": 0}
+        for name, which in names.items():
+            if hasattr(dist, name):
+                rounds = 2 if name == "all_reduce" else 1
+                self.wrap(name, which, rounds * (world - 1) / world)
+
+    def wrap(self, name: str, which: int, share: float) -> None:
+        call = getattr(dist, name)
+
+        def counted(*args, **kwargs):
+            self.sent += round(args[which].nbytes * share)
+            return call(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def run(rank: int, world: int, folder: str, steps: int, padding: int, dtype: str):
+    "Be one rank: train, and write what was measured."
+    torch.set_num_threads(1)
+    if world > 1:
+        store = dist.FileStore(f"{folder}/store{world}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    model, meter, times, losses = build(padding, DTYPES[dtype]), Meter(), [], []
+    optimizer = setup_optimizer(model, OptimConfig(matrix_beta2=0.95))
+    for rows in read_rows(steps):
+        begun, mine = time.perf_counter(), rows[rank::world]
+        loss = model(mine[:, :-1], mine[:, 1:], loss_reduction="sum") / (ROWS * T)
+        loss.backward()
+        optimizer.step(1.0, 0.9)
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begun)
+        losses.append(loss.item())
+    state = {k: v for k, v in optimizer.state_dict().items() if k[:4] != "meta"}
+    muon = optimizer.parts["muon"].owners().values()
+    record = {
+        "loss": losses,
+        "seconds": times,
+        "state": sum(v.nbytes for v in state.values()),
+        "sent": meter.sent // steps,
+        "matrices": sum(owner == rank for owner in muon),
+        "weights": model.state_dict(),
+    }
+    torch.save(record, f"{folder}/{world}_{rank}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dict]:
+    "Train on each number of ranks and compare with the first."
+    setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports, once for all forks
+    found, first = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in worlds:
+            given = (world, folder, steps, padding, dtype)
+            mp.start_processes(run, given, nprocs=world, start_method="fork")
+            ranks = [torch.load(f"{folder}/{world}_{r}.pt") for r in range(world)]
+            weights = ranks[0]["weights"]
+            alike = [
+                torch.equal(r["weights"][k], v)
+                for r in ranks
+                for k, v in weights.items()
+            ]
+            first = first or weights
+            away = [(v - first[k]).abs().max().item() for k, v in weights.items()]
+            curve = [sum(step) for step in zip(*(r["loss"] for r in ranks))]
+            found.append(
+                {
+                    "ranks": world,
+                    "largest_difference": max(away),
+                    "ranks_agree_bit_for_bit": all(alike),
+                    "loss": [round(curve[0], 4), round(curve[-1], 4)],
+                    "state_bytes": [r["state"] for r in ranks],
+                    "matrices": [r["matrices"] for r in ranks],
+                    "sent_bytes_a_step": max(r["sent"] for r in ranks),
+                    "seconds_a_step": round(median(ranks[0]["seconds"]), 4),
+                }
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", default="1,2,4,8")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--padding", type=int, default=64, help="rows of a table")
+    parser.add_argument("--dtype", choices=DTYPES, default="float64")
+    record = ROOT / "dev" / "records" / "ranks.json"
+    parser.add_argument("--out", type=Path, default=record)
+    options = parser.parse_args()
+    worlds = [int(world) for world in options.ranks.split(",")]
+    rows = measure(worlds, options.steps, options.padding, options.dtype)
+    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
+    for row in rows:
+        low, high = min(row["state_bytes"]) / 1e3, max(row["state_bytes"]) / 1e3
+        print(
+            f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
+            f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "
+            f"{1e3 * row['seconds_a_step']:9.1f}"
+        )
+    model = build(options.padding, torch.float32)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python dev/ranks.py",
+        "environment": environment(),
+        "parameters": model.num_params(),
+        "config": {"vocab_size": V, "padding": options.padding, "dtype": options.dtype},
+        "steps": options.steps,
+        "runs": rows,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
