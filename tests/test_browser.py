@@ -1,5 +1,5 @@
 """In a real browser: the chat page (send, stream, stop, themes, narrow screens, errors)
-and the widgets of chapters 2 to 5 and 7."""
+and the widgets of chapters 2 to 7."""
 
 import json
 import math
@@ -26,6 +26,7 @@ from nanochat.adamw import adamw_update
 from nanochat.attention import apply_rotary, precompute_rotary
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.checkpoint import save
+from nanochat.dataloader import take_row
 from nanochat.engine import Engine
 from nanochat.functional import sample_next
 from nanochat.gpt import ARCHITECTURES, GPTConfig
@@ -640,3 +641,59 @@ def test_ravine_widget_by_keyboard(page):
     assert lines.count() == 4
     page.get_by_label("Show Adam").press("Space")
     assert lines.count() == 3
+
+
+def packing_says(lengths: list, T: int, most: int, places: int) -> list:
+    "What ribbon and best fit make of documents of these lengths."
+    owner = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    start = {sum(lengths[:i]) for i in range(len(lengths))}
+    cut = [owner[at : at + T + 1] for at in range(0, len(owner) - T, T)][:most]
+    parts = lambda ids: [*zip(*(x.tolist() for x in ids.unique(return_counts=True)))]
+    ribbon = [[[i, n, 0] for i, n in parts(ids)] for ids in cut]
+    inside = sum(r * T not in start for r in range(len(cut)))
+    queue, waiting, rows, cropped = [*enumerate(lengths)], [], [], 0
+    size = lambda: sum(len(ids) for _, ids in waiting)
+    while len(rows) < most:
+        while queue and (len(waiting) < places or size() < T + 1):
+            i, n = queue.pop(0)
+            waiting.append(((0, i), [i] * n))
+        if size() < T + 1:
+            break
+        ids, lost = take_row(waiting, T + 1)
+        cropped += lost
+        order = [*dict.fromkeys(ids)]
+        used = {i: ids.count(i) for i in order}
+        rows.append([[i, used[i], lost and lengths[i] - used[i]] for i in order])
+    share = cropped / max(1, cropped + len(rows) * (T + 1))
+    fit = {"rows": rows, "cropped": cropped, "share": share}
+    return [{"rows": ribbon, "inside": inside}, fit]
+
+
+def test_packing_widget_packs_as_the_loader_does(page):
+    dice = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 1500, (30,), generator=dice).tolist()
+    show_widget(page, "packing.html", {"lengths": lengths, "T": 1024})
+    fields = ("Tokens in a row, T", "Rows, at most", "Documents that wait")
+
+    def check(*expected) -> None:
+        assert [int(page.get_by_label(f).input_value()) for f in fields] == [*expected]
+        shown = page.locator(".packing-widget").get_attribute("data-result")
+        says = packing_says(lengths, *expected)
+        assert json.loads(shown) == says
+        assert page.locator(".row").count() == sum(len(x["rows"]) for x in says)
+        share = f"{100 * says[1]['share']:.1f} %"
+        sync_api.expect(page.locator(".sum")).to_contain_text(share)
+
+    check(1024, 8, 8)
+    picture(page, "packing")
+    for T, rows, places in [(128, 24, 1), (128, 24, 30), (640, 12, 4), (4096, 24, 30)]:
+        for field, value in zip(fields, (T, rows, places)):
+            page.get_by_label(field).fill(str(value))
+        check(T, rows, places)
+    page.get_by_label(fields[0]).focus()
+    page.keyboard.press("ArrowLeft")
+    check(3968, 24, 30)
+    page.keyboard.press("Home")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Home")
+    check(128, 1, 30)

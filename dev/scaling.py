@@ -1,0 +1,122 @@
+"""How should a budget be split between a larger model and more text?
+
+python dev/scaling.py --record dev/records/scaling.json     a quarter of an hour on one core
+
+Tiny models of the book's architecture, trained on the embedded corpus. A budget is a number
+of operations, counted as 6ND with N the weights of the matrices and the head; each size gets
+the tokens D that use it up. Every point is trained at two learning rates, and once more from
+another seed at the better one. Chapter 6 fits and draws what the record holds.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+from nanochat.accounting import parameter_counts
+from nanochat.common import environment
+from nanochat.dataset import iter_documents
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+
+SIZES = ((8, 1), (16, 1), (24, 1), (32, 2), (48, 2), (64, 3))  # width, layers
+BUDGETS = {2e10: SIZES[:5], 6e10: SIZES[:5], 2e11: SIZES[2:6], 6e11: SIZES[3:]}
+RATES = (0.012, 0.024)  # at width 64; a rate is divided by width / 64
+VOCAB, B, T = 512, 8, 64
+
+
+def config(width: int, layers: int) -> GPTConfig:
+    "Return a model of heads of 8 numbers, or of 16 from width 32 on."
+    heads = width // (8 if width < 32 else 16)
+    return GPTConfig(T, VOCAB, layers, heads, heads, width)
+
+
+def weights(c: GPTConfig) -> int:
+    "Count the weights that multiply: everything but the embedding."
+    counts = parameter_counts(c)
+    return counts["total"] - counts["wte"]
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor, float]:
+    "Return the training ribbon, validation windows and the bytes of a validation token."
+    train = [text for text, _ in iter_documents("train")]
+    val = [text for text, _ in iter_documents("val")][:100]
+    tokenizer = RustBPETokenizer.train_from_iterator(train[:60], VOCAB)
+    flat = lambda docs: torch.tensor(
+        [i for d in tokenizer.encode(docs, prepend="<|bos|>") for i in d]
+    )
+    held = flat(val)
+    windows = held[: (len(held) - 1) // T * T + 1].unfold(0, T + 1, T)[:512]
+    return flat(train), windows, sum(len(t.encode()) for t in val) / len(held)
+
+
+def run(c: GPTConfig, tokens: float, rate: float, seed: int, ribbon, windows) -> float:
+    "Train for a number of tokens, the rate falling to zero; return the held-out loss."
+    torch.manual_seed(seed)
+    model, dice = GPT(c), torch.Generator().manual_seed(seed)
+    model.init_weights(seed=seed)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=rate * 64 / c.n_embd, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    steps = max(1, round(tokens / (B * T)))
+    fall = lambda t: min(1.0, (t + 1) / (0.05 * steps)) * (1 - t / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, fall)
+    for _ in range(steps):
+        start = torch.randint(len(ribbon) - T - 1, (B,), generator=dice)
+        window = torch.stack([ribbon[i : i + T + 1] for i in start.tolist()])
+        model(window[:, :-1], window[:, 1:]).backward()
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+    with torch.no_grad():
+        parts = [model(w[:, :-1], w[:, 1:]).item() for w in windows.split(64)]
+    return sum(parts) / len(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", default="dev/records/scaling.json")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[*BUDGETS])
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ribbon, windows, bytes_per_token = texts()
+    points, begun = [], time.time()
+    for budget in options.budgets:
+        for width, layers in BUDGETS[budget]:
+            c = config(width, layers)
+            N = weights(c)
+            D = budget / (6 * N)
+            tried = {r: run(c, D, r, 1, ribbon, windows) for r in RATES}
+            best = min(tried, key=tried.get)
+            more = [
+                run(c, D, best, s, ribbon, windows) for s in range(2, options.seeds + 1)
+            ]
+            points.append(
+                {
+                    "budget": budget,
+                    "width": width,
+                    "layers": layers,
+                    "N": N,
+                    "D": round(D / (B * T)) * B * T,
+                    "rates": {str(r): round(x, 4) for r, x in tried.items()},
+                    "losses": [round(x, 4) for x in [tried[best], *more]],
+                }
+            )
+            print(f"{time.time() - begun:6.0f} s", points[-1], flush=True)
+            record = {
+                "command": "python dev/scaling.py",
+                "date": time.strftime("%Y-%m-%d"),
+                "environment": environment(),
+                "bytes_per_token": round(bytes_per_token, 3),
+                "ribbon": len(ribbon),
+                "seconds": round(time.time() - begun),
+                "points": points,
+            }
+            with open(options.record, "w") as file:
+                file.write(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
