@@ -30,7 +30,7 @@ def adamw_update(
     p.mul_(1 - lr * group["weight_decay"])
     state["exp_avg"].lerp_(grad, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    scale = (state["exp_avg_sq"].sqrt() / bias2**0.5).add_(group["eps"])
+    scale = state["exp_avg_sq"].sqrt().div_(bias2**0.5).add_(group["eps"])
     p.addcdiv_(state["exp_avg"], scale, value=-lr / bias1)
 
 # %% ../nbs/07_optimization.ipynb #0486759b

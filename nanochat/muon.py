@@ -99,7 +99,7 @@ def iteration_flops(
     return {"full": 5 * (2 * long + square), "gram": 4 * long + 14 * square}
 
 # %% ../nbs/07_optimization.ipynb #c0371fa5
-CACHE = 2**20  # bytes of a stack that a CPU iterates on at once
+CACHE = 2**20  # bytes of a stack that one thread iterates on at once
 
 
 def orthogonalize(
@@ -117,7 +117,8 @@ def orthogonalize(
     cost = iteration_flops(rows, columns)
     small = cost["gram"] < cost["full"] and x.dtype.itemsize >= 4
     side = gram_side if small else full_side
-    count = len(x) if x.is_cuda else max(1, CACHE // x[0].nbytes)
+    alone = not x.is_cuda and torch.get_num_threads() == 1
+    count = max(1, CACHE // x[0].nbytes) if alone else len(x)
     for part, place in zip(x.split(count), target.split(count)):
         part = part / (margin * part.norm(dim=(-2, -1), keepdim=True) + 1e-7)
         place.copy_(side(part, coefficients))
