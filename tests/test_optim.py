@@ -443,10 +443,11 @@ def test_the_rate_is_never_negative_nor_above_its_peak(
         lr_scale(step, num_steps, warmup, warmdown, final_frac)
         for step in range(num_steps)
     ]
-    assert 0 < min(scales) <= max(scales) <= 1
+    rounding = 1e-12
+    assert 0 < min(scales) <= max(scales) <= 1 + rounding
     top = scales.index(max(scales))
-    assert scales[: top + 1] == sorted(scales[: top + 1])
-    assert scales[top:] == sorted(scales[top:], reverse=True)
+    assert all(a <= b + rounding for a, b in zip(scales[:top], scales[1 : top + 1]))
+    assert all(a >= b - rounding for a, b in zip(scales[top:], scales[top + 1 :]))
 
 
 def test_batch_and_horizon():
