@@ -130,6 +130,7 @@ def adamw_job(
     scale = yield square_length([grad]) / (world if rows is None else 1)
     grad = grad if scale is None else grad * scale
     adamw_update(p if rows is None else p[rows], grad, state, group)
+    del grad
     work = None if rows is None else all_gather(p, p[rows])
     yield
     if work:
