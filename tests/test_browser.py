@@ -680,7 +680,7 @@ def test_packing_widget_packs_as_the_loader_does(page):
         shown = page.locator(".packing-widget").get_attribute("data-result")
         says = packing_says(lengths, *expected)
         assert json.loads(shown) == says
-        assert page.locator(".row").count() == sum(len(x["rows"]) for x in says)
+        assert page.locator(".packed").count() == sum(len(x["rows"]) for x in says)
         share = f"{100 * says[1]['share']:.1f} %"
         sync_api.expect(page.locator(".sum")).to_contain_text(share)
 
