@@ -201,6 +201,8 @@ def streamed_rows(
     "Read the training rows of a data set through the `datasets` package."
     repo, config, column = [*name.split(":"), "", ""][:3]
     number, column = skip, column or "text"
+    if not repo:
+        raise UserError("hf: lacks a name: write hf:NAME, as on the hub, or hf:FOLDER")
     try:
         load = importlib.import_module("datasets").load_dataset
         rows = load(repo, config or None, split="train", streaming=True)

@@ -154,6 +154,8 @@ class Optimizers:
         clip: float = 0.0,  # largest norm of all gradients together; 0: any
     ) -> None:
         "Update every parameter; the two optimizers' communication overlaps."
+        if not clip >= 0:
+            raise UserError(f"grad_clip is {clip}: use a limit above 0, or 0 for none")
         norm = self.norm if self.begun else self.grad_norm()
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale

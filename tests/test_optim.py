@@ -353,6 +353,17 @@ def test_norm_and_clipping_equal_torch(limit):
         torch.testing.assert_close(p, q, rtol=0, atol=0 if exact else 1e-6)
 
 
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+def test_a_limit_that_would_turn_gradients_round_is_refused(limit):
+    model = tiny_model()
+    optimizers = setup_optimizer(model)
+    fill_grads(model, 0)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="use a limit above 0"):
+        optimizers.step(clip=limit)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_step_that_was_measured_and_not_taken_leaves_nothing_behind():
     model = tiny_model()
     optimizers, before = setup_optimizer(model), [*map(torch.clone, model.parameters())]

@@ -306,13 +306,17 @@ def free_port():
         return s.getsockname()[1]
 
 
-def rank_main(rank, world, port, folder):
+def become_rank(rank, world, port, folder):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NANOCHAT_BASE_DIR=folder,
     )  # fmt: skip
     torch.set_num_threads(1)
     compute_init("cpu")
+
+
+def rank_main(rank, world, port, folder):
+    become_rank(rank, world, port, folder)
     model = tiny_model()
     engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
     mine = [step_indices(8, step, CONFIG) for step in range(2)]
@@ -365,12 +369,7 @@ def policy_weights() -> tuple[list[dict], dict]:
 
 
 def rank_weights(rank, world, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NANOCHAT_BASE_DIR=folder,
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    compute_init("cpu")
+    become_rank(rank, world, port, folder)
     torch.save(policy_weights(), f"{folder}/{rank}.pt")
     compute_cleanup()
 

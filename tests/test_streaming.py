@@ -83,6 +83,8 @@ def test_what_a_user_can_get_wrong(folder, tmp_path, monkeypatch):
         read(folder.removesuffix("::content"))
     with pytest.raises(UserError, match=r"cannot read row 0 of .*check the name"):
         read(f"hf:{tmp_path / 'nothing'}")
+    with pytest.raises(UserError, match="lacks a name"):
+        read("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'nanochat\[data\]'"):
         read(folder)
