@@ -32,11 +32,14 @@ ROWS, REPEAT = 4, 7
 
 
 def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
-    "nanochat's five steps on the full matrices, one matrix or a stack."
-    margin, steps = METHODS[method]
+    "The steps on the full matrices, in nanochat's words: one matrix or a stack."
+    schatten, margin, steps = METHODS[method]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    if schatten == 4:
+        norm = (x @ x.mT).norm(dim=(-2, -1), keepdim=True).sqrt()
+    x = x / (margin * norm + 1e-7)
     for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -70,27 +73,27 @@ def share(model: GPT, optimizers) -> dict:
         optimizers.zero_grad()
         model(ids[:, :-1], ids[:, 1:]).backward()
 
-    def plain_muon() -> None:
-        with patch("nanochat.muon.orthogonalize", lambda x, *_: plain(x)):
+    def muon(iterate) -> None:
+        with patch("nanochat.muon.orthogonalize", iterate):
             run_jobs(optimizers.parts["muon"].jobs())
 
-    def bfloat16_muon() -> None:
-        short = partial(orthogonalize, dtype=torch.bfloat16)
-        with patch(
-            "nanochat.muon.orthogonalize", lambda x, method, _: short(x, method)
-        ):
-            run_jobs(optimizers.parts["muon"].jobs())
-
-    steps = {k: lambda p=p: run_jobs(p.jobs()) for k, p in optimizers.parts.items()}
-    steps = {"passes": passes} | steps | {"plain muon": plain_muon}
-    steps["bfloat16 muon"] = bfloat16_muon
+    adamw = lambda: run_jobs(optimizers.parts["adamw"].jobs())
+    steps = {"passes": passes, "adamw": adamw}
+    ways = {
+        "two steps, cans": lambda x, *_: orthogonalize(x, "cans"),
+        "five steps": lambda x, *_: orthogonalize(x),
+        "five plain steps": lambda x, *_: plain(x),
+        "five steps in bfloat16": lambda x, *_: orthogonalize(x, dtype=torch.bfloat16),
+    }
+    for name, iterate in ways.items():
+        steps[name] = partial(muon, iterate)
     seconds = take_turns(steps)
     facts = {name: statistics.median(values) for name, values in seconds.items()}
     facts = {"seconds": facts}
-    for muon in ("muon", "plain muon", "bfloat16 muon"):
-        ours = [a + b for a, b in zip(seconds["adamw"], seconds[muon])]
-        whole = [a + b for a, b in zip(seconds["passes"], ours)]
-        facts[f"share with {muon}"] = ratio(ours, whole)
+    for name in ways:
+        both = [a + b for a, b in zip(seconds["adamw"], seconds[name])]
+        whole = [a + b for a, b in zip(seconds["passes"], both)]
+        facts[f"share with {name}"] = ratio(both, whole)
     return facts
 
 

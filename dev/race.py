@@ -27,6 +27,7 @@ from nanochat.common import environment
 from nanochat.dataloader import Batch, batches
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.muon import METHODS
 from nanochat.optim import (
     OptimConfig,
     adamw_rates,
@@ -217,12 +218,24 @@ def main(work: Path, record: str, workers: int) -> None:
             recipe |= {"rate": rates[name], "curve": True}
         return {"name": name, "share": share, **run(recipe, seed, work)}
 
+    fair = int(SHARES["default"] * STEPS / speed["default"]["of AdamW's"])
+
+    def iterate(job: tuple) -> dict:
+        method, seed, steps = job
+        own = {} if method == OptimConfig().matrix_method else {"matrix_method": method}
+        recipe = RECIPES["default"] | ({"optim": own} if own else {})
+        return {"method": method, **run(recipe | {"steps": steps}, seed, work)}
+
+    alike = [(method, SEEDS[0], 4 * fair) for method in METHODS]
+    alike += [(method, seed, fair) for method in METHODS for seed in SEEDS]
     with ThreadPoolExecutor(workers) as pool:
         rows = list(pool.map(race, jobs))
+        methods = list(pool.map(iterate, alike))
     goal = {r["seed"]: r["bpb"] for r in rows if r["name"] == "AdamW"}
     facts = {"command": "python dev/race.py", "date": time.strftime("%d %B %Y")}
     facts |= {"environment": environment(), "recipes": RECIPES, "steps": STEPS}
     facts |= {"most": SHARES, "tried": tried, "speed": speed, "runs": rows}
+    facts |= {"methods": methods}
     for name, most in SHARES.items():
         mine = [r for r in rows if r["name"] == name and r["share"] == most]
         print(f"{name} at {most:.0%}:", [round(r["bpb"], 4) for r in mine], end=" ")

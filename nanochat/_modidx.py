@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanochat.bpe.train_bpe': ('tokenization.html#train_bpe', 'nanochat/bpe.py')},
             'nanochat.chat_data': { 'nanochat.chat_data.chat_batches': ('training_process.html#chat_batches', 'nanochat/chat_data.py'),
                                     'nanochat.chat_data.cut_to_fit': ('training_process.html#cut_to_fit', 'nanochat/chat_data.py'),
+                                    'nanochat.chat_data.epoch_order': ('training_process.html#epoch_order', 'nanochat/chat_data.py'),
                                     'nanochat.chat_data.pack_row': ('training_process.html#pack_row', 'nanochat/chat_data.py'),
                                     'nanochat.chat_data.row_stream': ('training_process.html#row_stream', 'nanochat/chat_data.py')},
             'nanochat.chat_eval': { 'nanochat.chat_eval.ChatEvalConfig': ('evaluation.html#chatevalconfig', 'nanochat/chat_eval.py'),

@@ -19,12 +19,15 @@ from nanochat.adamw import (
     run_jobs,
     square_length,
 )
+from .common import UserError
 
 # %% ../nbs/07_optimization.ipynb #aae5ea63
-# Per method: a margin on the norm, then (a, b, c) for each iteration.
+# Per method: the Schatten norm that bounds the singular values, a margin on it, and
+# (a, b, c) for each iteration.
 METHODS = {
-    "newton-schulz": (1.0, ((3.4445, -4.7750, 2.0315),) * 5),
+    "newton-schulz": (2, 1.0, ((3.4445, -4.7750, 2.0315),) * 5),
     "polar-express": (
+        2,
         1.01,
         (
             (8.1566, -22.4833, 15.8788),
@@ -34,6 +37,7 @@ METHODS = {
             (2.3465, -1.7098, 0.4232),
         ),
     ),
+    "cans": (4, 1.01, ((6.7524, -18.3510, 13.2633), (2.5379, -1.8747, 0.4413))),
 }
 
 # %% ../nbs/07_optimization.ipynb #00adf54d
@@ -64,10 +68,11 @@ def symmetric(
 def full_side(
     x: Tensor,  # (n, r, c), r <= c, singular values at most 1
     coefficients: tuple,  # (a, b, c) of each step
+    gram: Tensor | None = None,  # (n, r, r), x @ x.mT if it is known
 ) -> Tensor:  # (n, r, c)
     "Apply odd quintic polynomials to the singular values, on the matrices themselves."
     for a, b, c in coefficients:
-        p = symmetric(x, x.mT)
+        p, gram = symmetric(x, x.mT) if gram is None else gram, None
         p = symmetric(p, p, p, b, c)
         x = torch.baddbmm(x, p, x, beta=a)
     return x
@@ -76,29 +81,33 @@ def full_side(
 def gram_side(
     x: Tensor,  # (n, r, c), r <= c, singular values at most 1
     coefficients: tuple,  # (a, b, c) of each step
+    gram: Tensor | None = None,  # (n, r, r), x @ x.mT if it is known
     fresh: int = 3,  # steps after which the Gram matrix is formed anew
 ) -> Tensor:  # (n, r, c)
     "Do the same on the small Gram matrices, collecting the factors of x."
-    for part in (coefficients[:fresh], coefficients[fresh:]):
-        gram, q = symmetric(x, x.mT), None
+    for part in filter(None, (coefficients[:fresh], coefficients[fresh:])):
+        g, gram, q = symmetric(x, x.mT) if gram is None else gram, None, None
         for i, (a, b, c) in enumerate(part):
-            p = symmetric(gram, gram, gram, b, c)
+            p = symmetric(g, g, g, b, c)
             p.diagonal(dim1=-2, dim2=-1).add_(a)
             q = p if q is None else symmetric(q, p)
             if i + 1 < len(part):
-                gram = symmetric(p @ gram, p)
-        x = x if q is None else q @ x
+                g = symmetric(symmetric(p, g), p)
+        x = q @ x
     return x
 
 # %% ../nbs/07_optimization.ipynb #b68d8c77
 def iteration_flops(
     rows: int,
     columns: int,
-) -> dict[str, int]:  # "full", "gram": operations of five steps on one matrix
+    steps: int = 5,
+) -> dict[str, int]:  # "full", "gram": operations of the iteration on one matrix
     "Count the operations of both ways to iterate."
     r, c = min(rows, columns), max(rows, columns)
     long, square = 2 * r * r * c, 2 * r**3
-    return {"full": 5 * (2 * long + square), "gram": 4 * long + 14 * square}
+    parts = [k for k in (min(steps, 3), steps - 3) if k > 0]
+    gram = sum(2 * long + (4 * k - 3) * square for k in parts)
+    return {"full": steps * (2 * long + square), "gram": gram}
 
 # %% ../nbs/07_optimization.ipynb #c0371fa5
 def orthogonalize(
@@ -107,15 +116,19 @@ def orthogonalize(
     dtype: torch.dtype | None = None,  # of the iteration; None: bfloat16 on CUDA only
 ) -> Tensor:  # same shape and dtype; the singular vectors stay, their values near 1
     "Move every matrix towards the nearest one with orthonormal rows or columns."
-    margin, coefficients = METHODS[method]
+    schatten, margin, coefficients = METHODS[method]
     rows, columns = matrices.shape[-2:]
     x = matrices.reshape(-1, rows, columns)
     x = x.to(dtype or (torch.bfloat16 if x.is_cuda else x.dtype))
     x = x.mT if rows > columns else x
-    norm = margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7
-    cost = iteration_flops(rows, columns)
+    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = symmetric(x, x.mT)
+    if schatten == 4:  # the root of the Gram matrix's norm: closer, and nearly free
+        bound = margin**2 * gram.norm(dim=(-2, -1), keepdim=True) + 1e-7
+        x, gram = x / bound.sqrt(), gram / bound
+    cost = iteration_flops(rows, columns, len(coefficients))
     small = cost["gram"] < cost["full"] and x.dtype.itemsize >= 4
-    x = (gram_side if small else full_side)(x / norm, coefficients)
+    x = (gram_side if small else full_side)(x, coefficients, gram)
     x = x.mT if rows > columns else x
     return x.to(matrices.dtype).view(matrices.shape)
 
@@ -246,7 +259,7 @@ class Muon(torch.optim.Optimizer):
         beta2: float | None = None,  # decay of NorMuon's average per row; None: off
     ):
         if method not in METHODS:
-            raise ValueError(f"method is {method!r}: use one of {sorted(METHODS)}")
+            raise UserError(f"method is {method!r}: use one of {sorted(METHODS)}")
         defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, method=method)
         defaults |= dict(weight_decay=weight_decay, dtype=dtype, beta2=beta2)
         super().__init__(params, defaults)

@@ -28,7 +28,7 @@ class OptimConfig:
     matrix_weight_decay: float = 0.0  # cautious, for Muon
     betas: tuple[float, float] = (0.8, 0.95)  # decay of AdamW's two averages
     eps: float = 1e-10  # of AdamW
-    method: str = "newton-schulz"  # or "polar-express"
+    matrix_method: str = "newton-schulz"  # of Muon's iteration: a key of METHODS
     matrix_dtype: torch.dtype | None = None  # of Muon's iteration; None: see Muon
     matrix_beta2: float | None = None  # NorMuon's average per row; None: off
 
@@ -263,7 +263,7 @@ def setup_optimizer(
         muon = Muon(
             groups["matrix"],
             lr=config.matrix_lr,
-            method=config.method,
+            method=config.matrix_method,
             weight_decay=config.matrix_weight_decay,
             dtype=config.matrix_dtype,
             beta2=config.matrix_beta2,

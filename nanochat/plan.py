@@ -55,7 +55,7 @@ class Plan:
     flops: float  # over the whole run
     memory: int  # estimated peak bytes on one rank
 
-
+# %% ../nbs/06_training_process.ipynb #e35e0616
 def make_plan(
     config: GPTConfig,
     device_batch_size: int,  # B
@@ -122,6 +122,7 @@ class BaseConfig:
     embedding_lr: float = 0.2
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
+    matrix_method: str = "newton-schulz"  # of Muon's iteration, or cans: two steps
     weight_decay: float = 0.0
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: any
     warmup_ratio: float = 0.0  # share of the steps in which the rate rises
@@ -173,6 +174,7 @@ class ChatConfig:
     embedding_lr: float = 0.2
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
+    matrix_method: str = "newton-schulz"
     grad_clip: float = 0.0
     lr_frac: float = 1.0  # factor on all rates at the start
     warmdown_ratio: float = 0.2

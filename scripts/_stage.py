@@ -40,7 +40,7 @@ IDLE = {
     "tracker",
 }  # no effect on weights
 # At these values a field that came later leaves an older run what it was.
-LATER = {("grad_clip", 0.0), ("dtype", "")}
+LATER = {("grad_clip", 0.0), ("dtype", ""), ("matrix_method", "newton-schulz")}
 
 
 def weight_settings(config, idle=IDLE) -> dict:
