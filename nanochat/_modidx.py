@@ -345,6 +345,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanochat.muon.Muon.stacks': ('optimization.html#muon.stacks', 'nanochat/muon.py'),
                                'nanochat.muon.Muon.step': ('optimization.html#muon.step', 'nanochat/muon.py'),
                                'nanochat.muon.by_shape': ('optimization.html#by_shape', 'nanochat/muon.py'),
+                               'nanochat.muon.closer': ('optimization.html#closer', 'nanochat/muon.py'),
                                'nanochat.muon.deal': ('optimization.html#deal', 'nanochat/muon.py'),
                                'nanochat.muon.even_rows': ('optimization.html#even_rows', 'nanochat/muon.py'),
                                'nanochat.muon.full_side': ('optimization.html#full_side', 'nanochat/muon.py'),
