@@ -405,7 +405,7 @@ def test_kill_then_resume(base_dir, tiny):
     assert 0 < done < 400
     checkpoint.read_meta(folder / f"step_{done:06d}")
     (folder / ".step_000999.tmp").mkdir()  # what a crash while saving leaves
-    main(BaseConfig(**{**tiny, "num_iterations": 400}))
+    subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, check=True)
     assert checkpoint.list_steps(folder)[-1] == 400
 
 
