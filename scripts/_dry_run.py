@@ -13,6 +13,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import setup_optimizer
 from nanochat.plan import BaseConfig, base_plan
 from nanochat.train import accumulate
+from scripts._stage import optim_config
 
 
 def tensors_of(values):
@@ -54,14 +55,14 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     try:
         with torch.device("meta"):
             model = GPT(plan.model, torch.bfloat16)
-        optimizer = setup_optimizer(model)
+        optimizer = setup_optimizer(model, optim_config(config))
         shape = config.device_batch_size, config.max_seq_len
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")
         share = plan.micro_batches // world
         with Collectives() as collectives:
             accumulate(model, [Batch(ids, ids, s, None) for s in range(share)])
             gradients = size(p.grad for p in model.parameters())
-            optimizer.step(1.0, 0.95)
+            optimizer.step(1.0, 0.95, config.grad_clip)
     finally:
         dist.destroy_process_group()
     states = [s for part in optimizer.parts.values() for s in part.state.values()]

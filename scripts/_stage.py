@@ -49,6 +49,13 @@ def weight_settings(config, idle=IDLE) -> dict:
     return {k: v for k, v in fields if k not in idle and (k, v) not in LATER}
 
 
+def optim_config(config) -> OptimConfig:  # of a BaseConfig or ChatConfig
+    "Pick the fields that are the optimizer's."
+    names = [f.name for f in dataclasses.fields(OptimConfig)]
+    fields = dataclasses.asdict(config).items()
+    return OptimConfig(**{k: v for k, v in fields if k in names})
+
+
 def settings_hash(*parts) -> str:
     "Name a run by everything that determines its weights."
     text = json.dumps(parts, sort_keys=True, default=str)
@@ -118,9 +125,7 @@ def run_stage(
     chosen = weight_settings(config)
     settings = settings_hash(stage, chosen, tokenizer.fingerprint(), parent)
     folder = checkpoint.checkpoint_folder(source, tag)
-    names = [f.name for f in dataclasses.fields(OptimConfig)]
-    rates = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
-    optimizer = setup_optimizer(model, OptimConfig(**rates))
+    optimizer = setup_optimizer(model, optim_config(config))
     (path, meta), cursors = find_resume(folder, settings, config.overwrite), None
     finished = path is not None and meta["step"] == plan.num_steps
     if finished:

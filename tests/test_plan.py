@@ -168,6 +168,17 @@ def test_a_dry_run_holds_what_was_planned():
     assert found["optimizer"] < 1.1 * alone["optimizer"] / 8
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"matrix_method": "cubic"}, {"grad_clip": -1.0}], ids=lambda d: [*d][0]
+)
+def test_a_dry_run_refuses_what_training_refuses(wrong):
+    config = BaseConfig(depth=2, max_seq_len=64, device_batch_size=2, world=2)
+    config = replace(config, total_batch_size=256)
+    walk(config, 512)
+    with pytest.raises(UserError, match="method|grad_clip"):
+        walk(replace(config, **wrong), 512)
+
+
 def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(tmp_path):
     command = [sys.executable, "-m", "scripts.base_train", "--preset", "gpu8"]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
