@@ -169,7 +169,7 @@ def test_a_dry_run_holds_what_was_planned():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"matrix_method": "cubic"}, {"grad_clip": -1.0}], ids=lambda d: [*d][0]
+    "wrong", [{"matrix_method": "cubic"}, {"grad_clip": -1.0}], ids=["method", "clip"]
 )
 def test_a_dry_run_refuses_what_training_refuses(wrong):
     config = BaseConfig(depth=2, max_seq_len=64, device_batch_size=2, world=2)
