@@ -175,7 +175,7 @@ def test_a_dry_run_refuses_what_training_refuses(wrong):
     config = BaseConfig(depth=2, max_seq_len=64, device_batch_size=2, world=2)
     config = replace(config, total_batch_size=256)
     walk(config, 512)
-    with pytest.raises(UserError, match="method|grad_clip"):
+    with pytest.raises(UserError, match=r"method|grad_clip"):
         walk(replace(config, **wrong), 512)
 
 
