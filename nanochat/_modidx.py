@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'nanochat/functional.py'),
                                      'nanochat.functional.ReLU2.forward': ( 'mathematical_foundations.html#relu2.forward',
                                                                             'nanochat/functional.py'),
+                                     'nanochat.functional.cast': ('mathematical_foundations.html#cast', 'nanochat/functional.py'),
                                      'nanochat.functional.cross_entropy': ( 'mathematical_foundations.html#cross_entropy',
                                                                             'nanochat/functional.py'),
                                      'nanochat.functional.nats_to_bits': ( 'mathematical_foundations.html#nats_to_bits',

@@ -127,7 +127,9 @@ class BlockAttention(torch.autograd.Function):
             out.append(stacked(kept[-1], v[:, keys]))
             if not any(ctx.needs_input_grad):
                 kept.clear()
-        out = ungrouped(torch.cat(out, 2), len(inputs[0])).contiguous()
+        out = ungrouped(torch.cat(out, 2), len(inputs[0]))
+        # Not `.contiguous()` alone: see `functional.cast` on operations that do nothing.
+        out = out if out.is_contiguous() else out.contiguous()
         ctx.save_for_backward(*inputs, out, *kept)
         ctx.rest = window, scale
         return out

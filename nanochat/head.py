@@ -76,7 +76,7 @@ def walk_rows(
                 torch.addmm(dw, dz.T, x[rows], out=dw)  # one pass over dw less
             else:
                 dw += dz.T @ x[rows]
-    return losses.masked_fill_(targets == -1, 0), dx, dw
+    return losses.masked_fill(targets == -1, 0), dx, dw
 
 # %% ../nbs/04_transformer_architecture.ipynb #3c7ee4e4
 class LinearCrossEntropy(torch.autograd.Function):
