@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Run tests under another PyTorch or Python, in a virtual environment of its own.
+#
+#   bash dev/versions.sh 2.11.0                            what depends on PyTorch's insides
+#   bash dev/versions.sh 2.9.0 tests/test_optim.py         chosen tests
+#   PYTHON=python3.13 bash dev/versions.sh 2.15.0 tests    all of them, under another Python
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+version=${1:?say which version of torch, for example 2.11.0}
+shift
+bash dev/setup.sh dev
+uv() { .venv/bin/python -m uv "$@"; }
+
+# Compilers, kernels and collectives are where versions of PyTorch have differed.
+tests=("$@")
+[ ${#tests[@]} -gt 0 ] || tests=(
+    tests/test_compile.py tests/test_fp8.py tests/test_attention.py
+    tests/test_head.py tests/test_functional.py tests/test_optim_ranks.py
+    tests/test_plan.py tests/test_gpu.py
+)
+
+# The same pins as everywhere, except for PyTorch and what belongs to it.
+pins=$(mktemp)
+trap 'rm -f "$pins"' EXIT
+grep -vE '^(torch|triton|setuptools|nvidia-|cuda-)' requirements/constraints.txt >"$pins"
+
+python=${PYTHON:-$PWD/.venv/bin/python}
+folder=.venv-torch-$version-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+stamp=$folder/.stamp
+key=$(cat pyproject.toml requirements/*.txt dev/versions.sh rustbpe/src/*.rs | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+    [ -x "$folder/bin/python" ] || uv venv -q --python "$python" "$folder"
+    uv pip install -q --python "$folder/bin/python" --constraint "$pins" \
+        "torch==$version" -e ".[dev]"
+    echo "$key" >"$stamp"
+fi
+"$folder/bin/python" -c 'import sys, torch
+print("Python", sys.version.split()[0], "torch", torch.__version__)'
+"$folder/bin/python" -m pytest -q "${tests[@]}"
