@@ -1,6 +1,7 @@
 """Optimizers on one rank: against torch, against the definition, and their state."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanochat.adamw import AdamW, own_rows
+from nanochat.adamw import AdamW, adamw_fused, adamw_rule, adamw_update, own_rows
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import METHODS, Muon, deal, iteration_flops, orthogonalize, symmetric
@@ -486,3 +487,25 @@ def test_momentum_schedule():
     assert muon_momentum(0) == 0.85
     assert muon_momentum(150) == pytest.approx(0.9)
     assert muon_momentum(300) == muon_momentum(9999) == pytest.approx(0.95)
+
+
+def test_fused_adamw_is_the_plain_step_also_on_rows_of_a_larger_table():
+    g = torch.Generator().manual_seed(3)
+    group = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    plain = torch.randn(10, 6, generator=g)
+    fused = plain.clone()
+    states = {}, {}
+    for _ in range(7):
+        grad = torch.randn(4, 6, generator=g)
+        adamw_update(plain[2:6], grad, states[0], group)
+        adamw_fused(fused[2:6], grad, states[1], group)
+    torch.testing.assert_close(plain, fused, rtol=1e-6, atol=1e-6)
+    assert states[0].keys() == states[1].keys() and states[1]["step"] == 7
+    untouched = [*range(2), *range(6, 10)]
+    assert plain[untouched].equal(fused[untouched])
+
+
+def test_the_fused_step_is_for_gpus_only():
+    "The bits of a CPU run stay what they were."
+    assert adamw_rule(torch.zeros(2)) is adamw_update
+    assert adamw_rule(SimpleNamespace(is_cuda=True)) is adamw_fused
