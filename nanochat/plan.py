@@ -64,6 +64,8 @@ def make_plan(
     param_data_ratio: float = 20.0,  # tokens for each parameter (Hoffmann et al., 2022)
     world_size: int = 1,
     activation_bytes: int = 2,
+    *,
+    device_type: str = "",  # "cuda" or "cpu"; empty: cpu for 4 bytes, else cuda
 ) -> Plan:
     "Work out steps, tokens, operations and memory of a run."
     micro = device_batch_size * config.sequence_len
@@ -91,7 +93,12 @@ def make_plan(
     tokens = steps * total_batch_size
     share = total_batch_size // (micro * world_size)
     memory = training_memory(
-        config, device_batch_size, activation_bytes, world_size, share
+        config,
+        device_batch_size,
+        activation_bytes,
+        world_size,
+        share,
+        device_type=device_type,
     )
     return Plan(
         model=config,
@@ -150,6 +157,8 @@ def base_plan(
     vocab_size: int,
     world_size: int = 1,
     activation_bytes: int = 2,
+    *,
+    device_type: str = "",  # "cuda" or "cpu"; empty: cpu for 4 bytes, else cuda
 ) -> Plan:
     "Plan a pretraining run from its settings."
     dials = (config.max_seq_len, config.aspect_ratio, config.kv_heads, config.arch)
@@ -161,6 +170,7 @@ def base_plan(
         config.param_data_ratio,
         world_size,
         activation_bytes,
+        device_type=device_type,
     )
 
 # %% ../nbs/06_training_process.ipynb #86b293f5

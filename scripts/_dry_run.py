@@ -7,7 +7,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.accounting import training_memory
-from nanochat.common import UserError
+from nanochat.common import UserError, compute_dtype
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import setup_optimizer
@@ -62,11 +62,13 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     world = config.world
     if dist.is_initialized():
         raise UserError("a dry run stands for all ranks: start it without torchrun")
-    plan = base_plan(config, vocab_size, world)
+    dtype = compute_dtype(torch.device("meta"), config.dtype or "bfloat16")
+    wide = dtype.itemsize
+    plan = base_plan(config, vocab_size, world, wide, device_type="cuda")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         with torch.device("meta"):
-            model = GPT(plan.model, torch.bfloat16)
+            model = GPT(plan.model, dtype)
         optimizer = setup_optimizer(model, optim_config(config))
         shape = config.device_batch_size, config.max_seq_len
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")
@@ -78,8 +80,11 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     finally:
         dist.destroy_process_group()
     states = [s for part in optimizer.parts.values() for s in part.state.values()]
+    rows = config.device_batch_size
+    told = training_memory(plan.model, rows, wide, world, share, device_type="cuda")
     return {
         "plan": plan,
+        "planned": told,
         "micro_batches": share,
         "weights": size(model.parameters()),
         "gradients": gradients,
@@ -91,14 +96,8 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
 def dry_run(config: BaseConfig, vocab_size: int) -> None:
     "Print what rank 0 holds and sends in one step."
     found, gib = walk(config, vocab_size), 2**30
-    plan, world, show = (
-        found["plan"],
-        config.world,
-        Console(highlight=False, soft_wrap=True).print,
-    )
-    told = training_memory(
-        plan.model, config.device_batch_size, 2, world, found["micro_batches"]
-    )
+    plan, told, world = found["plan"], found["planned"], config.world
+    show = Console(highlight=False, soft_wrap=True).print
     show(
         f"rank 0 of {world}: {found['micro_batches']} x {config.device_batch_size} rows "
         f"of {config.max_seq_len} tokens, then one update of {plan.parameters:,} parameters"
