@@ -149,6 +149,9 @@ def training_memory(
     # needs six times its size; less on CUDA, where it iterates in bfloat16.
     squares = 4 if c.kv_dim == c.n_embd else 2  # square matrices of a layer
     stack = fp32 * c.n_layer * max(squares, c.mlp_ratio) * c.n_embd**2
+    # The backward pass starts with the head's gradient twice, while it is scaled, or
+    # with three temporaries of an MLP's width where one vector was.
+    widest = max(head, (3 * c.mlp_ratio - 1) * stream)
     # AdamW keeps two numbers for each weight of the tables, Muon one for the others.
     muon = counts["attention"] + counts["mlp"] + counts["gates"]
     activations = activation_memory(
@@ -160,7 +163,7 @@ def training_memory(
         "optimizer": fp32 * (2 * total - muon) // world_size,
         "activations": activations,
         "loss": head + (2 if value_bytes == 4 else 3) * chunk,
-        "backward": head + max(head, (2 * c.mlp_ratio - 1) * stream),
+        "backward": head + widest,
         "update": round(stack * (4.5 if device == "cuda" else 6)),
     }
     summed = parts["gradients"] if micro_batches > 1 else 0

@@ -7,9 +7,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from nanochat.accounting import training_memory
+from nanochat.accounting import (
+    activation_memory,
+    kept_weights,
+    parameter_counts,
+    training_memory,
+)
 from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import (
     GPUS,
     BaseConfig,
@@ -117,6 +124,64 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         check_fits(plan, plan.memory - 1)
 
 
+class Fused(torch.autograd.Function):
+    "What a fused kernel keeps: inputs, output, and one float32 number for each query."
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+
+def kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
+    "Count the storage that autograd keeps in a forward pass on the meta device."
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+        ids = torch.zeros(rows, config.sequence_len, dtype=torch.int64)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(ids, ids)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_activations_are_what_autograd_keeps(monkeypatch, dtype, kv_heads):
+    "On the meta device, with a stand-in for the fused kernel that a GPU has."
+    fused = lambda q, k, v, **options: Fused.apply(q, k, v)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    config, rows = GPTConfig(256, 512, 3, 4, kv_heads, 256), 4
+    told = activation_memory(config, rows, dtype.itemsize, device_type="cuda")
+    head = parameter_counts(config)["lm_head"] * 4  # its gradient is kept as well
+    assert told + head == pytest.approx(kept_bytes(config, rows, dtype), rel=0.03)
+
+
+def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
+    config, sizes = model_config(20, 65_536, 2048), {}
+    for kind in ("cuda", "cpu"):
+        plan = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4, device_type=kind)
+        sizes[kind] = plan.memory
+    half = make_plan(config, 16, 524_288, 1000)
+    assert half.memory < sizes["cuda"] < 0.7 * sizes["cpu"]
+    unsaid = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4)
+    assert unsaid.memory == sizes["cpu"]
+    parts = training_memory(config, 16, 4, device_type="cuda")
+    scores = 4 * 16 * kept_weights(config) * config.n_head
+    on_cpu = activation_memory(config, 16, 4)
+    sums = 4 * 16 * 2048 * 20 * config.n_head
+    assert parts["activations"] == on_cpu - scores + sums
+    assert parts["update"] < training_memory(config, 16, 4)["update"]
+
+
 def ask(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "scripts.plan", *options]
     return subprocess.run(command, capture_output=True, text=True)
@@ -163,6 +228,9 @@ def test_a_dry_run_holds_what_was_planned():
         assert calls == 5  # two tables, three shapes of matrices
         assert params <= moved < 1.1 * params  # 20 matrices do not divide by 8
     assert found["collectives"]["allreduce"][1] < 100  # a count and a loss
+    full = walk(replace(config, dtype="float32"), 65_536)
+    assert full["planned"]["activations"] > 1.8 * told["activations"]
+    assert full["weights"] == params  # in float32 either way
     alone = walk(replace(config, world=1), 65_536)
     assert not {"reduce_scatter_base", "allgather_base"} & alone["collectives"].keys()
     assert found["optimizer"] < 1.1 * alone["optimizer"] / 8
