@@ -25,13 +25,17 @@ from nanochat.plan import (
     check_fits,
     choose_depth,
     find_gpu,
+    gpu_record,
     largest_batch,
     make_plan,
+    measured_gpu,
     model_config,
+    peak_memory,
     published_memory,
     training_seconds,
     utilization,
 )
+from nanochat.record import show_record
 from scripts._dry_run import walk
 
 HOURS = [  # card, ranks, depth, vocabulary, design, tokens of the run, hours
@@ -47,6 +51,12 @@ PEAKS = [  # ranks, depth, rows, GiB
     (8, 34, 4, 69.8),
     (1, 20, 8, 29.6),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_record(monkeypatch):
+    "Plan from published runs, whatever has been measured where the tests run."
+    monkeypatch.setenv("NANOCHAT_GPU_RECORD", os.devnull)
 
 
 @pytest.mark.parametrize("card, ranks, depth, vocab, arch, tokens, hours", HOURS)
@@ -196,6 +206,106 @@ def test_the_command_answers_in_a_table_and_in_json():
     assert facts["memory_by_part"]["total"] == facts["memory"]
     table = ask("--gpus", "8", "--gpu", "h100", "--budget", "100").stdout
     assert "depth 20" in table and "560,988,160" in table
+
+
+def invented_record(**changes) -> dict:
+    "A record as dev/gpu.py would write it; its figures are made up for these tests."
+    figures = {"depth": 20, "vocab_size": 65_536, "sequence_len": 2048}
+    figures |= {"tokens_per_second": 160e3, "mfu": 0.56}
+    figures |= {"peak_bytes": 26e9, "counted_bytes": 25e9, "optimizer_share": 0.031}
+    training = {"status": "ok", "why": "", "figures": figures}
+    profile = {"parts": {"matrix products": 2.0, "attention": 1.0, "idle": 1.0}}
+    levers = {"rows": [{"lever": "no mask", "tokens_per_second": 161e3, "note": ""}]}
+    record = {
+        "date": "1 January 2027",
+        "tiny": False,
+        "device": {"name": "NVIDIA H100 80GB HBM3", "key": "h100"},
+        "environment": {"torch": "2.11.0"},
+        "sections": {
+            "training": training,
+            "profile": {"status": "ok", "why": "", "figures": profile},
+            "levers": {"status": "ok", "why": "", "figures": levers},
+            "fp8": {"status": "skipped", "why": "no time", "figures": {}},
+        },
+    }
+    return record | changes
+
+
+@pytest.fixture
+def write_record(monkeypatch, tmp_path):
+    "A function that makes a record the one that is found."
+    monkeypatch.setenv("NANOCHAT_GPU_RECORD", str(tmp_path / "gpu.json"))
+    return lambda record: (tmp_path / "gpu.json").write_text(json.dumps(record))
+
+
+def test_a_measured_card_is_planned_by_its_measurement(write_record):
+    write_record(invented_record())
+    gpu, c = measured_gpu("h100"), model_config(20, 65_536, 2048)
+    assert gpu.source == "measured here, 1 January 2027"
+    plan = make_plan(c, 16, 524_288)
+    assert plan.tokens / training_seconds(plan, gpu, 1) == pytest.approx(160e3)
+    counted = training_memory(c, 16, 2, 1, 16, device_type="cuda")["total"]
+    assert peak_memory(c, 16, 1, gpu, 16) == pytest.approx(1.04 * counted)
+    assert utilization(gpu, 768) < utilization(gpu, 1280)
+    assert measured_gpu("a100-80") is GPUS["a100-80"]  # another card
+    told = ask("--depth=20", "--gpus=1", "--gpu=h100", "--json=True").stdout
+    facts = json.loads(told.splitlines()[-1])
+    assert facts["source"] == gpu.source
+    assert facts["tokens_per_second"] == pytest.approx(160e3, rel=1e-3)
+    assert facts["device_batch_size"] == 32  # counted: 40.7 GiB, and 64 do not fit
+    assert "160,0" in ask("--gpu", "h100", "--depth", "20").stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tiny": True},
+        {"device": {"name": "NVIDIA H100 PCIe", "key": None}},
+        {"sections": {}},
+        {"sections": {"training": {"status": "failed", "why": "", "figures": {}}}},
+        {"sections": {"training": {"status": "timeout", "why": "", "figures": {}}}},
+    ],
+    ids=["tiny", "unknown card", "empty", "failed", "timeout"],
+)
+def test_what_is_no_measurement_changes_no_plan(write_record, changes):
+    write_record(invented_record(**changes))
+    assert measured_gpu("h100") is GPUS["h100"]
+
+
+def test_a_record_is_looked_for_in_three_places(monkeypatch, tmp_path):
+    monkeypatch.delenv("NANOCHAT_GPU_RECORD", raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").touch()
+    assert gpu_record() is None
+    kept = tmp_path / "dev" / "records" / "gpu.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(invented_record(date="kept")))
+    assert gpu_record()["date"] == "kept"
+    own = tmp_path / "base" / "gpu.json"
+    own.parent.mkdir()
+    own.write_text(json.dumps(invented_record(tiny=True)))
+    assert gpu_record()["date"] == "kept"  # a rehearsal hides nothing
+    own.write_text(json.dumps(invented_record(date="own")))
+    assert gpu_record()["date"] == "own"
+    own.write_text("{")
+    with pytest.raises(UserError, match=r"gpu\.json is not a record.*measure again"):
+        gpu_record()
+
+
+def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
+    show_record("training", "profile")
+    assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
+    write_record(invented_record())
+    show_record("fp8")  # it was skipped
+    assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
+    show_record("training", "profile", "levers", "fp8", "decoding")
+    told = capsys.readouterr().out
+    for text in ("NVIDIA H100 80GB HBM3, torch 2.11.0, 1 January 2027", "160,000"):
+        assert text in told
+    for text in ("24.21 GiB", "56.0%", "3.1%", "matrix products  2        50.0%"):
+        assert text in told
+    assert "fp8: skipped (no time)" in told and "decoding" not in told
 
 
 @pytest.mark.parametrize(
