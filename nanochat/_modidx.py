@@ -391,6 +391,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanochat.plan.base_plan': ('training_process.html#base_plan', 'nanochat/plan.py'),
                                'nanochat.plan.check_fits': ('training_process.html#check_fits', 'nanochat/plan.py'),
                                'nanochat.plan.choose_depth': ('training_process.html#choose_depth', 'nanochat/plan.py'),
+                               'nanochat.plan.collective_bytes': ('training_process.html#collective_bytes', 'nanochat/plan.py'),
+                               'nanochat.plan.collective_seconds': ('training_process.html#collective_seconds', 'nanochat/plan.py'),
                                'nanochat.plan.find_gpu': ('training_process.html#find_gpu', 'nanochat/plan.py'),
                                'nanochat.plan.gpu_key': ('training_process.html#gpu_key', 'nanochat/plan.py'),
                                'nanochat.plan.largest_batch': ('training_process.html#largest_batch', 'nanochat/plan.py'),

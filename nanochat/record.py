@@ -8,6 +8,7 @@ __all__ = ['NOT_MEASURED', 'record_files', 'gpu_record', 'record_table', 'show_f
 # %% ../nbs/04_transformer_architecture.ipynb #9c1a7e40
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .common import UserError, find_settings, get_base_dir
@@ -48,21 +49,21 @@ def gpu_record() -> dict | None:  # None: no card was measured
 # %% ../nbs/04_transformer_architecture.ipynb #71d2e6aa
 def record_table(
     section: str,  # e.g. "training"
+    columns: Iterable[str] = (),  # names of the figures wanted; empty: all
 ) -> list[dict]:  # one dict for each row; empty: not measured
     "Return a section's figures as the rows of a table."
-    figures = ((gpu_record() or {}).get("sections", {}).get(section) or {}).get(
-        "figures"
-    )
-    if not figures:
-        return []
+    wanted, sections = tuple(columns), (gpu_record() or {}).get("sections", {})
+    figures = (sections.get(section) or {}).get("figures", {})
     if "rows" in figures:
-        return figures["rows"]
+        rows = figures["rows"]
+        return [{k: row.get(k) for k in wanted or row} for row in rows]
     if "parts" in figures:
         whole = sum(figures["parts"].values())
         parts = figures["parts"].items()
         return [{"part": k, "seconds": v, "share": v / whole} for k, v in parts]
-    single = (str, int, float)
-    return [{"figure": k, "value": v} for k, v in figures.items() if type(v) in single]
+    single = [k for k, v in figures.items() if isinstance(v, (str, int, float))]
+    names = [k for k in single if not wanted or k in wanted]
+    return [{"figure": k, "value": figures[k]} for k in names]
 
 
 def show_figure(
@@ -102,7 +103,7 @@ def table_lines(
 
 
 def show_record(
-    *sections: str,  # e.g. "training", "levers"
+    **sections: Iterable[str],  # e.g. training=["mfu"]: its columns; empty: all
 ) -> None:
     "Print the tables of some sections, or that they have not been measured."
     record = gpu_record() or {"sections": {}}
@@ -115,5 +116,5 @@ def show_record(
     for section, part in found.items():
         reason = f" ({part['why']})" if part.get("why") else ""
         print(f"{section}: {part['status']}{reason}")
-        for line in table_lines(record_table(section)):
+        for line in table_lines(record_table(section, sections[section])):
             print(f"  {line}")

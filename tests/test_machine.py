@@ -172,6 +172,6 @@ def test_the_lab_is_asked_for_by_name_and_needs_a_card(monkeypatch):
             assert common.detect_preset() == f"gpu{count}"
     monkeypatch.setenv("NANOCHAT_PRESET", "gpu-lab")
     assert common.detect_preset() == "gpu-lab"
-    with pytest.raises(UserError, match="gpu-lab needs a CUDA GPU.*--preset cpu"):
+    with pytest.raises(UserError, match=r"gpu-lab needs a CUDA GPU.*--preset cpu"):
         common.compute_init()
     assert common.compute_init("cpu").type == "cpu"

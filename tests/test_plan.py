@@ -19,12 +19,16 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import (
     GPUS,
+    NVLINK,
     BaseConfig,
     Gpu,
     base_plan,
     check_fits,
     choose_depth,
+    collective_bytes,
+    collective_seconds,
     find_gpu,
+    gpu_key,
     gpu_record,
     largest_batch,
     make_plan,
@@ -80,7 +84,7 @@ def test_hours_of_published_runs(card, ranks, depth, vocab, arch, tokens, hours)
     ],
 )
 def test_a_card_is_known_by_its_name(name, key):
-    assert find_gpu(name) is GPUS.get(key)
+    assert find_gpu(name) is GPUS.get(key) and gpu_key(name) == key
 
 
 @pytest.mark.parametrize("ranks, depth, rows, gib", PEAKS)
@@ -294,18 +298,25 @@ def test_a_record_is_looked_for_in_three_places(monkeypatch, tmp_path):
 
 
 def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
-    show_record("training", "profile")
+    show_record(training=[], profile=[])
     assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
     write_record(invented_record())
-    show_record("fp8")  # it was skipped
+    show_record(fp8=[])  # it was skipped
     assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
-    show_record("training", "profile", "levers", "fp8", "decoding")
+    show_record(training=[], profile=[], levers=[], fp8=[], decoding=[])
     told = capsys.readouterr().out
     for text in ("NVIDIA H100 80GB HBM3, torch 2.11.0, 1 January 2027", "160,000"):
         assert text in told
     for text in ("24.21 GiB", "56.0%", "3.1%", "matrix products  2        50.0%"):
         assert text in told
     assert "fp8: skipped (no time)" in told and "decoding" not in told
+    show_record(training=["mfu"], levers=["lever"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:4]] == [
+        ["figure", "value"],
+        ["mfu", "56.0%"],
+    ]
+    assert [line.strip() for line in lines[4:]] == ["levers: ok", "lever", "no mask"]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +355,27 @@ def test_a_dry_run_holds_what_was_planned():
     alone = walk(replace(config, world=1), 65_536)
     assert not {"reduce_scatter_base", "allgather_base"} & alone["collectives"].keys()
     assert found["optimizer"] < 1.1 * alone["optimizer"] / 8
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize(
+    "fields", [{}, {"kv_heads": 2}, {"arch": "modern", "depth": 5}], ids=str
+)
+def test_the_plan_counts_what_the_optimizers_send(fields, world):
+    config = BaseConfig(depth=4, max_seq_len=64, device_batch_size=1, world=world)
+    config = replace(config, total_batch_size=64 * world, **fields)
+    found = walk(config, 512 * 3)
+    seen, shape = found["collectives"], found["plan"].model
+    told = collective_bytes(shape, world)
+    named = {"reduce_scatter": "reduce_scatter_base", "all_gather": "allgather_base"}
+    for name, operator in named.items():
+        assert told[name] == seen[operator][1]
+    scalars = seen["allreduce"][1] - told["all_reduce"]
+    assert 0 <= scalars <= 32  # the count of targets, the loss, the norm
+    halves = sum(told.values()) + told["all_reduce"]
+    expected = halves * (world - 1) / world / NVLINK
+    assert collective_seconds(shape, world) == pytest.approx(expected)
+    assert collective_seconds(shape, 1) == 0
 
 
 @pytest.mark.parametrize(
