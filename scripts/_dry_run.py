@@ -63,8 +63,7 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     if dist.is_initialized():
         raise UserError("a dry run stands for all ranks: start it without torchrun")
     dtype = compute_dtype(torch.device("meta"), config.dtype or "bfloat16")
-    wide = dtype.itemsize
-    plan = base_plan(config, vocab_size, world, wide, device_type="cuda")
+    plan = base_plan(config, vocab_size, world, dtype.itemsize, device_type="cuda")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         with torch.device("meta"):
@@ -80,11 +79,10 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     finally:
         dist.destroy_process_group()
     states = [s for part in optimizer.parts.values() for s in part.state.values()]
-    rows = config.device_batch_size
-    told = training_memory(plan.model, rows, wide, world, share, device_type="cuda")
+    sizes = config.device_batch_size, dtype.itemsize, world, share
     return {
         "plan": plan,
-        "planned": told,
+        "planned": training_memory(plan.model, *sizes, device_type="cuda"),
         "micro_batches": share,
         "weights": size(model.parameters()),
         "gradients": gradients,

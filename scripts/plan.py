@@ -23,6 +23,7 @@ from nanochat.plan import (
     GPUS,
     BaseConfig,
     ChatConfig,
+    Gpu,
     Plan,
     base_plan,
     choose_depth,
@@ -82,7 +83,6 @@ def cards_plan(config: PlanConfig, given: set[str]) -> dict:
     "Plan a pretraining run on cards that need not be here."
     hours = affordable_hours(config, given)
     gpu, world = measured_gpu(config.gpu), config.gpus
-    rent = (config.price or gpu.price) * world
     vocab = int(common.read_preset("tok_train", "gpu8")["vocab_size"])
     if hours:
         depth = choose_depth(config, vocab, gpu, world, hours)
@@ -91,13 +91,22 @@ def cards_plan(config: PlanConfig, given: set[str]) -> dict:
     most = largest_batch(shape, gpu, config.total_batch_size, world)
     rows = config.device_batch_size if "device_batch_size" in given else most
     plan = base_plan(replace(config, device_batch_size=rows), vocab, world)
-    share = plan.micro_batches // world
-    expected = peak_memory(shape, rows, world, gpu, share) / 2**30
+    expected = peak_memory(shape, rows, world, gpu, plan.micro_batches // world)
     if rows > most:
         raise common.UserError(
-            f"device_batch_size={rows} needs about {expected:.0f} GiB, a {config.gpu} "
-            f"has {gpu.memory:.0f}: use at most {most}"
+            f"device_batch_size={rows} needs about {expected / 2**30:.0f} GiB, a "
+            f"{config.gpu} has {gpu.memory:.0f}: use at most {most}"
         )
+    return card_facts(config, plan, gpu) | {
+        "memory_expected_gib": round(expected / 2**30, 1)
+    }
+
+
+def card_facts(config: PlanConfig, plan: Plan, gpu: Gpu) -> dict:
+    "Describe a plan for programs."
+    world, rows, shape = config.gpus, plan.device_batch_size, plan.model
+    share = plan.micro_batches // world
+    rent = (config.price or gpu.price) * world
     seconds, shards = training_seconds(plan, gpu, world), -(-plan.tokens * 4.8 // 250e6)
     return {
         "gpu": config.gpu,
@@ -108,7 +117,6 @@ def cards_plan(config: PlanConfig, given: set[str]) -> dict:
         "memory_by_part": training_memory(
             shape, rows, 2, world, share, device_type="cuda"
         ),
-        "memory_expected_gib": round(expected, 1),
         "share_of_peak": round(utilization(gpu, shape.n_embd), 3),
         "tokens_per_second": round(plan.tokens / seconds),
         "hours": round(seconds / 3600, 2),
@@ -200,6 +208,25 @@ def training_minutes(plan: Plan, speed: Speed, preset: str) -> float:
     return operations / (speed.share * speed.peak) / 60
 
 
+def disk_text(config: PlanConfig, plan: Plan) -> str:
+    "Say how much of the disk a run may take."
+    # Weights and optimizer state of two checkpoints in each of four stages.
+    disk = 2 * 4 * 4 * 2.6 * plan.parameters + (24e9 if config.data == "hub" else 0)
+    folder = common.get_base_dir()
+    free = shutil.disk_usage(folder.parent.anchor or "/").free
+    return f"at most {disk / 1e9:.1f} GB in {folder} ({free / 1e9:.0f} GB are free)"
+
+
+def stage_table(plan: Plan) -> Table:
+    "List the stages of the pipeline."
+    table = Table("stage", "what it does", box=None, padding=(0, 2, 0, 0))
+    known = {"vocab": plan.model.vocab_size, "steps": plan.num_steps}
+    known["batch"] = plan.total_batch_size
+    for stage, text in STAGES.items():
+        table.add_row(stage, text.format(**known))
+    return table
+
+
 def show_machine(config: PlanConfig, console: Console) -> None:
     "Print what the whole pipeline will do here."
     preset = common.detect_preset()
@@ -223,21 +250,10 @@ def show_machine(config: PlanConfig, console: Console) -> None:
         f"{speed.peak:.1e} operations per second {speed.source}, plus evaluation and RL"
         + (" (a quarter of an hour in all on two cores)" if preset == "cpu" else "")
     )
-    # weights and optimizer state of two checkpoints in each of four stages
-    disk = 2 * 4 * 4 * 2.6 * plan.parameters + (24e9 if config.data == "hub" else 0)
-    free = shutil.disk_usage(common.get_base_dir().parent.anchor or "/").free
-    console.print(
-        f"disk      at most {disk / 1e9:.1f} GB in {common.get_base_dir()} "
-        f"({free / 1e9:.0f} GB are free)"
-    )
+    console.print(f"disk      {disk_text(config, plan)}")
     kind = "memory" if preset == "cpu" else "memory on each GPU"
     console.print(f"memory    about {plan.memory / 2**30 + 0.7:.1f} GiB of {kind}")
-    table = Table("stage", "what it does", box=None, padding=(0, 2, 0, 0))
-    vocab = int(common.read_preset("tok_train", preset)["vocab_size"])
-    known = {"vocab": vocab, "steps": plan.num_steps, "batch": plan.total_batch_size}
-    for stage, text in STAGES.items():
-        table.add_row(stage, text.format(**known))
-    console.print(table)
+    console.print(stage_table(plan))
 
 
 def main(config: PlanConfig) -> None:
