@@ -393,7 +393,7 @@ def test_reasons_name_what_is_missing(monkeypatch):
         assert "this GPU has 8" in kernel_works(name, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     attention.examine.cache_clear()
-    assert "NVIDIA" in kernel_works("cudnn", "cuda")
+    assert "PyTorch sees none" in kernel_works("cudnn", "cuda")
     old = types.ModuleType("torch.nn.attention.varlen")
     old.varlen_attn = lambda q, k, v, is_causal=False: 1 / 0  # as in PyTorch 2.10
     monkeypatch.setitem(sys.modules, old.__name__, old)
@@ -467,7 +467,9 @@ def test_heads_are_copied_where_the_kernel_cannot_share_them(monkeypatch):
     assert asked["heads"] == (2, 2) and not asked["mask"] and not asked["causal"]
     asked = ask(16, 16, bf16, trains=True)  # no table: the kernel shares heads itself
     assert asked["heads"] == (4, 2) and asked["shared"] and asked["causal"]
-    assert asked["cudnn"] and not ask(16, 16, bf16)["cudnn"]  # no plan in reading
+    assert not asked["cudnn"] and ask(256, 256, bf16, trains=True)["cudnn"]
+    assert not ask(256, 256, bf16)["cudnn"]  # a plan for each shape pays in training
+    assert not ask(256, 256, fp32, window=5, trains=True)["cudnn"]
     assert not ask(1, 16, bf16)["cudnn"] and not ask(1, 16, bf16, ragged=True)["cudnn"]
 
 
@@ -512,6 +514,27 @@ def test_the_choice_is_said_once_for_each_kind_of_call(monkeypatch, capsys):
     ]
     assert told[3].startswith("attention for reading, windows: mask, which computes")
     assert len(told) == 4
+
+
+def test_what_only_a_gpu_reaches_is_one_graph_too(monkeypatch, capsys):
+    "PyTorch's choice narrowed for reading, and the line that says the choice."
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    kernels = torch.nn.attention.SDPBackend
+    kept = [kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
+    narrowed = lambda q, plan: torch.nn.attention.sdpa_kernel(kept)
+    monkeypatch.setattr(attention, "pytorch_choice", narrowed)
+
+    def f(q, k, v):
+        name = attention.say_kernel(choose_kernel(q, k, 0, False, False), False, False)
+        return attend(q, k, v, kernel=name) + attend(q[:, 2:], k, v).sum()
+
+    inputs = qkv()
+    told = f(*inputs)
+    torch.testing.assert_close(compiled(f)(*inputs), told)
+    attention.announce.cache_clear()
+    compiled(f)(*inputs)
+    assert capsys.readouterr().out == 2 * "attention for reading: sdpa\n"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_window_over_all_keys_is_none(monkeypatch):
