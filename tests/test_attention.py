@@ -255,6 +255,7 @@ def pretend_activation(monkeypatch, known: tuple[str, ...]):
     put = lambda name, value: monkeypatch.setattr(ATTENTION, name, value, raising=False)
     put("activate_flash_attention_impl", activate)
     put("current_flash_attention_impl", lambda: active[0])
+    put("restore_flash_attention_impl", lambda: active.__setitem__(0, None))
     return active
 
 
@@ -289,6 +290,8 @@ def test_flash4_through_pytorch(monkeypatch):
     y = KERNELS["flash4"](*inputs)
     close([y], [attend_plainly(*inputs)], bf16)
     assert active == ["FA4"]
+    KERNELS["flash2"](*inputs)  # measured after it: PyTorch's own again
+    assert active == [None]
 
 
 def like(length, keys, device="cuda", dtype=bf16, size=128):
