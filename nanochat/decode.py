@@ -201,6 +201,7 @@ class DecodeStep:
         self.done += 1
         return self.logits[:count]
 
+    @torch.inference_mode()
     def prepare(self, rows: int, span: int) -> Callable[[], None]:
         "Make the step of one shape: a graph, or the plain function where none is wanted."
         cache = FixedCache(self.cache, rows, span)
