@@ -107,7 +107,10 @@ def sample_next(
     if top_k:
         z, ids = z.topk(min(top_k, z.size(-1)))
     p = ((z - z.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    choice = torch.multinomial(p, 1, generator=generator)
+    # What torch.multinomial does, bit for bit, but for a check that makes a GPU's host
+    # wait: each token gets a random time 1 / p on average, and the earliest is taken.
+    times = torch.empty_like(p).exponential_(generator=generator)
+    choice = (p / times).argmax(-1, keepdim=True)
     return choice if ids is None else ids.gather(-1, choice)
 
 # %% ../nbs/02_mathematical_foundations.ipynb #7b4393ea
