@@ -8,6 +8,7 @@ __all__ = ['SPAN', 'WARM_UP', 'freeze_weights', 'FixedCache', 'run_step', 'captu
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c12
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ WARM_UP = 2  # steps before a capture: libraries choose their kernels in the fir
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c13
 @torch.no_grad()
 def freeze_weights(
-    model,  # GPT in eval mode; changed in place
+    model,  # GPT in eval mode; changed in place, before anything decodes with it
 ):  # the same model
     "Cast the weights of a model that will not be trained to the dtype it computes in."
     if model.training:
@@ -126,7 +127,9 @@ class DecodeStep:
         if compiled:
             backend = compiled if isinstance(compiled, str) else "inductor"
             options = {"backend": backend, "fullgraph": True, "dynamic": False}
-            self.run = torch.compile(run_step, **options)
+            # With code of its own: the compiler allows eight versions of one code.
+            own = FunctionType(run_step.__code__.replace(), run_step.__globals__)
+            self.run = torch.compile(own, **options)
         self.steps: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and span
         self.set_lengths([])
 

@@ -509,6 +509,15 @@ def test_a_compiled_step_gives_the_same(monkeypatch, heads, kv_heads, fields):
     assert list(step.steps) == [(4, 96)]  # one shape, or it would be compiled often
 
 
+def test_many_sizes_may_be_compiled(monkeypatch):
+    torch._dynamo.reset()
+    model = tiny_model(n_layer=1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2, 3):
+            step = DecodeStep(model, rows, 96, compiled="aot_eager")
+            follow(model, step, 2, LENGTHS[:rows])
+
+
 def test_what_does_not_fit_is_refused():
     model = tiny_model()
     step = DecodeStep(model, 2, 96)
