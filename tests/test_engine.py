@@ -11,6 +11,7 @@ from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_bytes
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -499,23 +500,34 @@ def test_a_failed_capture_is_said_once_and_changes_no_number(
     assert told.count("without CUDA graphs") == 1 and "not permitted" in told
 
 
-@pytest.mark.parametrize("heads, kv_heads, fields", SHAPES[1:])
-def test_a_compiled_step_gives_the_same(monkeypatch, heads, kv_heads, fields):
+@pytest.fixture
+def compiler(monkeypatch):
+    "Compile in this test, whatever the environment says; yields what was counted."
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(disable=False):
+        yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("heads, kv_heads, fields", SHAPES[2:])
+def test_a_compiled_step_gives_the_same(compiler, monkeypatch, heads, kv_heads, fields):
     monkeypatch.setattr(decode, "SPAN", 16)
     model = tiny_model(n_head=heads, n_kv_head=kv_heads, **fields)
     step = DecodeStep(model, 4, 96, compiled="aot_eager")
     follow(model, step, leave={9: [0, 2, 3]})
     assert list(step.steps) == [(4, 96)]  # one shape, or it would be compiled often
+    assert compiler["stats"]["unique_graphs"] == 1
 
 
-def test_many_sizes_may_be_compiled(monkeypatch):
-    torch._dynamo.reset()
+def test_many_sizes_may_be_compiled(compiler):
     model = tiny_model(n_layer=1)
     with torch._dynamo.config.patch(recompile_limit=1):
         for rows in (1, 2, 3):
             step = DecodeStep(model, rows, 96, compiled="aot_eager")
             follow(model, step, 2, LENGTHS[:rows])
+    assert compiler["stats"]["unique_graphs"] == 3
 
 
 def test_what_does_not_fit_is_refused():
