@@ -166,7 +166,7 @@ def grade_categorical(
     task: Task,
     indices: Sequence[int],  # items to ask, of one batch
     tokenizer,
-    model,  # forward(idx) -> (B, T, V) logits
+    model,  # GPT
 ) -> list[Graded]:
     "Compare the logits of the permitted letters behind each prompt."
     conversations = [task[i] for i in indices]
@@ -174,12 +174,13 @@ def grade_categorical(
     prompts = [tokenizer.render_for_completion(c)[-context:] for c in conversations]
     longest = max(len(p) for p in prompts)
     rows = [p + [0] * (longest - len(p)) for p in prompts]
-    logits = model(torch.tensor(rows, device=model.get_device()))
+    x = model.hidden(torch.tensor(rows, device=model.get_device()))
+    last = torch.stack([x[i, len(p) - 1] for i, p in enumerate(prompts)])
     results = []
-    for row, prompt, conversation in zip(logits, prompts, conversations):
+    for scores, conversation in zip(model.logits(last).cpu(), conversations):
         letters = conversation["letters"]
         ids = letter_ids(tokenizer, letters)
-        choice = letters[row[len(prompt) - 1, ids].argmax().item()]
+        choice = letters[scores[ids].argmax().item()]
         question = conversation["messages"][-2]["content"]
         right = float(task.evaluate(conversation, choice))
         results.append(Graded(right, 1.0, question, choice))

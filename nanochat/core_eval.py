@@ -124,7 +124,7 @@ def option_spans(
 # %% ../nbs/09_evaluation.ipynb #30202941
 @torch.no_grad()
 def score_spans(
-    model,  # forward(idx) -> (B, T, V) logits
+    model,  # GPT
     spans: Sequence[Span],
     batch_size: int = 16,  # rows in a forward pass
 ) -> list[tuple[float, bool]]:  # mean nats of the span; whether argmax gives all of it
@@ -137,12 +137,16 @@ def score_spans(
         width = len(spans[chosen[0]].ids)
         rows = [spans[i].ids + [0] * (width - len(spans[i].ids)) for i in chosen]
         ids = torch.tensor(rows, device=device)
-        logits = model(ids[:, :-1])
-        nats = cross_entropy(logits, ids[:, 1:], "none")
-        hit = logits.argmax(-1) == ids[:, 1:]
+        x, parts = model.hidden(ids[:, :-1]), []
         for row, i in enumerate(chosen):
-            part = slice(spans[i].start - 1, spans[i].end - 1)
-            scores[i] = nats[row, part].mean().item(), bool(hit[row, part].all())
+            parts.append((row, slice(spans[i].start - 1, spans[i].end - 1)))
+        logits = model.logits(torch.cat([x[part] for part in parts]))
+        targets = torch.cat([ids[:, 1:][part] for part in parts])
+        sizes = [x[part].size(0) for part in parts]
+        nats = cross_entropy(logits, targets, "none").split(sizes)
+        hits = (logits.argmax(-1) == targets).split(sizes)
+        for i, loss, hit in zip(chosen, nats, hits):
+            scores[i] = loss.mean().item(), bool(hit.all())
     return scores
 
 # %% ../nbs/09_evaluation.ipynb #7f54a7cc

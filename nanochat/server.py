@@ -28,6 +28,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .checkpoint import load_model
 from .common import UserError, compute_init, get_base_dir
+from .decode import freeze_weights
 from .engine import ControlTokens, Engine
 
 # %% ../nbs/08_implementation_details.ipynb #02f6ccfb
@@ -428,4 +429,6 @@ def load_chat_model(
     source = source or exists[0]
     model, tokenizer, meta = load_model(source, compute_init(device), tag, step)
     folder = Path(meta["path"])
-    return Engine(model, tokenizer), f"nanochat-{folder.parent.name}-{source}"
+    return Engine(
+        freeze_weights(model), tokenizer
+    ), f"nanochat-{folder.parent.name}-{source}"

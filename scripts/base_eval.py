@@ -13,6 +13,7 @@ from nanochat.common import compute_init, get_dist_info, print0, run_cli, save_s
 from nanochat.core_eval import evaluate_core, load_bundle, load_samples
 from nanochat.dataloader import batches
 from nanochat.dataset import iter_documents
+from nanochat.decode import freeze_weights
 from nanochat.engine import Engine
 from nanochat.loss_eval import encode_documents, evaluate_bpb, fit_bigram
 
@@ -55,6 +56,7 @@ def training_documents(data: str, num_chars: int):
 def main(config: BaseEvalConfig) -> None:
     device, world, begun = compute_init(config.device), get_dist_info()[2], time.time()
     model, tokenizer, meta = load_model(config.source, device, config.tag, config.step)
+    freeze_weights(model)
     data = config.data or meta.get("config", {}).get("data", "")
     B, T = config.device_batch_size, model.config.sequence_len
     steps = max(1, config.eval_tokens // (B * T * world))

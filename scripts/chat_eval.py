@@ -8,13 +8,15 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval --source sft
 from nanochat.chat_eval import ChatEvalConfig, evaluate_chat
 from nanochat.checkpoint import load_model
 from nanochat.common import compute_init, print0, run_cli, save_section
+from nanochat.decode import freeze_weights
 from nanochat.engine import Engine
 
 
 def main(config: ChatEvalConfig) -> None:
     device = compute_init(config.device)
     model, tokenizer, meta = load_model(config.source, device, config.tag, config.step)
-    values = evaluate_chat(model, tokenizer, Engine(model, tokenizer), config)
+    engine = Engine(freeze_weights(model), tokenizer)
+    values = evaluate_chat(model, tokenizer, engine, config)
     for name, r in values["tasks"].items():
         ended = "" if r["ended"] is None else f"  ended {100 * r['ended']:.1f} %"
         print0(

@@ -30,7 +30,7 @@ def tiny_model(seed: int = 0, **changes) -> GPT:
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if not weight.any():
-            weight.data.normal_(std=3 * weight.size(1) ** -0.5, generator=generator)
+            weight.data.normal_(std=3 * weight.size(-1) ** -0.5, generator=generator)
     return model.eval()
 
 

@@ -1,13 +1,32 @@
 """The engine against the naive generator, ragged batches, tools and limits."""
 
+import inspect
+import itertools
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
+import torch._dynamo
 from chat_model import tiny_engine, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak_bytes
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from nanochat import decode, gpt
+from nanochat.attention import KVCache, keep_rows
 from nanochat.common import UserError
-from nanochat.engine import ControlTokens, Engine, Row, prefill, push
+from nanochat.decode import DecodeStep, freeze_weights
+from nanochat.engine import (
+    ControlTokens,
+    Engine,
+    Row,
+    decode_step,
+    prefill,
+    push,
+)
 from nanochat.execution import execute_code
 from nanochat.server import ReplyReader, fit_conversation
 from nanochat.tools import use_calculator
@@ -300,3 +319,366 @@ def test_conversations_must_alternate(roles):
     messages = [{"role": role, "content": "x"} for role in roles]
     with pytest.raises(UserError):
         fit_conversation(tiny_tokenizer(), messages, 100)
+
+
+# ---- decoding with fixed shapes
+
+MODERN = {"n_layer": 4, "window_pattern": "SSSL", "short_window": 9}
+MODERN |= {"value_embeds": True, "stream_scalars": True, "qk_scale": 1.2}
+SHAPES = [(4, 4, {}), (4, 2, {}), (4, 1, {}), (4, 2, MODERN)]
+LENGTHS = [3, 10, 17, 9]
+
+
+class Tape(TorchDispatchMode):
+    "Record operations as a CUDA graph does: none takes effect before it is replayed."
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.undo = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.undo.append((value, value.clone()))
+        out = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, out))
+        return out
+
+    def rewind(self):
+        for value, before in reversed(self.undo):
+            value.copy_(before)
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            new = function(*args, **kwargs)
+            for there, here in zip(tree_leaves(out), tree_leaves(new)):
+                if isinstance(there, torch.Tensor) and there is not here:
+                    there.copy_(here)  # the same memory at every replay
+
+
+class FakeGraph:
+    made = 0
+
+    def __init__(self):
+        FakeGraph.made += 1
+        self.tape = Tape()
+
+    def replay(self):
+        with torch.inference_mode():
+            self.tape.replay()
+
+
+GRAPH_ARGUMENTS = inspect.signature(torch.cuda.graph.__init__)
+
+
+@contextmanager
+def fake_capture(*args, **kwargs):
+    graph = GRAPH_ARGUMENTS.bind(None, *args, **kwargs).arguments["cuda_graph"]
+    with graph.tape:
+        yield
+    graph.tape.rewind()
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        assert isinstance(other, FakeStream)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    "CUDA's graphs and streams, played on the CPU; whoever looks at ids is told off."
+    FakeGraph.made = 0
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(gpt, "check_ids", lambda *args: None)  # looks on CPUs only
+
+
+def ragged_prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 300, (n,), generator=g).tolist() for n in lengths]
+
+
+def follow(model, step, steps=40, lengths=LENGTHS, leave=None):
+    "Take the same greedy tokens by `step`, by `decode_step` and by the whole model."
+    rows = ragged_prompts(lengths)
+    last, kv = prefill(model, rows, 96)
+    step.load(kv)
+    for i in range(steps):
+        if leave and i in leave:
+            keep_rows(kv, leave[i])
+            step.keep(leave[i])
+            rows, last = [rows[r] for r in leave[i]], last[leave[i]]
+        tokens = last.argmax(-1)
+        for row, token in zip(rows, tokens.tolist()):
+            row.append(token)
+        last = decode_step(model, tokens, kv)
+        torch.testing.assert_close(step.step(tokens), last, rtol=1e-4, atol=1e-4)
+    for row, logits in zip(rows, last):
+        with torch.inference_mode():
+            whole = model(torch.tensor([row]))[0, -1]
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads, kv_heads, fields", SHAPES)
+@pytest.mark.parametrize("graph", [False, True])
+def test_fixed_shapes_give_what_growing_ones_give(
+    fake_cuda, monkeypatch, heads, kv_heads, fields, graph
+):
+    monkeypatch.setattr(decode, "SPAN", 16)
+    model = tiny_model(n_head=heads, n_kv_head=kv_heads, **fields)
+    step = DecodeStep(model, 4, 96, graph=graph)
+    follow(model, step)
+    assert [span for _, span in step.steps] == [32, 48, 64]
+    assert FakeGraph.made == (3 if graph else 0)
+
+
+def test_a_captured_step_follows_rows_that_leave(fake_cuda, monkeypatch):
+    monkeypatch.setattr(decode, "SPAN", 16)
+    model = tiny_model(n_head=4, n_kv_head=2)
+    step = DecodeStep(model, 5, 70, graph=True)
+    assert step.capacity == 80
+    lengths = [3, 10, 17, 9, 30]
+    leave = {4: [0, 1, 2, 3], 9: [0, 2, 3], 20: [1, 2], 27: [1]}
+    follow(model, step, 40, lengths, leave)
+    assert sorted({rows for rows, _ in step.steps}) == [1, 2, 4, 5]
+    made = FakeGraph.made
+    follow(model, step, 40, lengths, leave)  # the same shapes: nothing new is captured
+    assert FakeGraph.made == made == len(step.steps)
+
+
+def test_a_capture_changes_nothing_before_it_is_replayed(fake_cuda):
+    model = tiny_model()
+    step = DecodeStep(model, 4, 96, graph=True)
+    _, kv = prefill(model, ragged_prompts(), 96)
+    step.load(kv)
+    before = step.cache.cache_seqlens.clone()
+    replay = step.prepare(4, 96)
+    assert step.cache.cache_seqlens.equal(before)
+    replay()
+    assert step.cache.cache_seqlens.equal(before + 1)
+
+
+def test_weights_that_change_in_place_reach_a_captured_step(fake_cuda):
+    model = tiny_model()
+    step = DecodeStep(model, 4, 96, graph=True)
+    follow(model, step, 3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.9)
+    follow(model, step, 3)
+    assert FakeGraph.made == 1
+
+
+def test_one_prompt_fills_every_slot(fake_cuda):
+    model = tiny_model()
+    step = DecodeStep(model, 3, 96, graph=True)
+    last, kv = prefill(model, ragged_prompts([7]), 7)
+    step.load(kv)
+    logits = step.step(last.argmax(-1).expand(3))
+    assert logits.shape == (3, 320) and step.lengths == [7, 7, 7]
+    assert logits[0].equal(logits[1]) and logits[0].equal(logits[2])
+
+
+def test_a_failed_capture_is_said_once_and_changes_no_number(
+    fake_cuda, monkeypatch, capsys
+):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA error: operation not permitted\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(decode, "SPAN", 16)
+    model = tiny_model()
+    follow(model, DecodeStep(model, 4, 96, graph=True))
+    told = capsys.readouterr().out
+    assert told.count("without CUDA graphs") == 1 and "not permitted" in told
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    "Compile in this test, whatever the environment says; yields what was counted."
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(disable=False):
+        yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("heads, kv_heads, fields", SHAPES[2:])
+def test_a_compiled_step_gives_the_same(compiler, monkeypatch, heads, kv_heads, fields):
+    monkeypatch.setattr(decode, "SPAN", 16)
+    model = tiny_model(n_head=heads, n_kv_head=kv_heads, **fields)
+    step = DecodeStep(model, 4, 96, compiled="aot_eager")
+    follow(model, step, leave={9: [0, 2, 3]})
+    assert list(step.steps) == [(4, 96)]  # one shape, or it would be compiled often
+    assert compiler["stats"]["unique_graphs"] == 1
+
+
+def test_many_sizes_may_be_compiled(compiler):
+    model = tiny_model(n_layer=1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2, 3):
+            step = DecodeStep(model, rows, 96, compiled="aot_eager")
+            follow(model, step, 2, LENGTHS[:rows])
+    assert compiler["stats"]["unique_graphs"] == 3
+
+
+def test_what_does_not_fit_is_refused():
+    model = tiny_model()
+    step = DecodeStep(model, 2, 96)
+    _, kv = prefill(model, ragged_prompts([3, 3, 3]), 96)
+    with pytest.raises(ValueError, match="3 rows of 3 positions"):
+        step.load(kv)
+    last, kv = prefill(model, ragged_prompts([95, 4]), 96)
+    step.load(kv)
+    step.step(last.argmax(-1))
+    with pytest.raises(ValueError, match="96 positions, no room"):
+        step.step(last.argmax(-1))
+    step.keep([1])
+    step.step(last.argmax(-1)[:1])  # the short row goes on
+
+
+class HostReads(TorchDispatchMode):
+    "Count the looks at single numbers, each of which would wait for a GPU."
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_never_looks_at_the_device(fake_cuda):
+    model = tiny_model()
+    step = DecodeStep(model, 4, 96, graph=False)
+    last, kv = prefill(model, ragged_prompts(), 96)
+    tokens = last.argmax(-1)
+    with HostReads() as reads:
+        step.load(kv)
+        for _ in range(5):
+            step.step(tokens)
+        step.keep([0, 3])
+        step.step(tokens[:2])
+    assert reads.count == 0
+
+
+def both_engines(model) -> tuple[Engine, Engine]:
+    return (Engine(model, tiny_tokenizer(), static=s) for s in (False, True))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_the_engine_says_the_same_with_fixed_shapes(
+    fake_cuda, monkeypatch, prompts, temperature
+):
+    monkeypatch.setattr(decode, "SPAN", 16)
+    eager, static = both_engines(tiny_model(n_head=4, n_kv_head=2))
+    sampling = {"max_tokens": 50, "temperature": temperature, "num_samples": 3}
+    a = eager.generate_many(prompts, **sampling)
+    for _ in range(2):  # the second time in the same buffers
+        b = static.generate_many(prompts, **sampling)
+        assert [(r.ids, r.mask, r.end) for r in a] == [
+            (r.ids, r.mask, r.end) for r in b
+        ]
+    buffers = static.spare
+    assert buffers is not None and buffers.batch_size == 12
+
+
+def test_conversations_that_overlap_have_buffers_of_their_own(prompts):
+    eager, static = both_engines(tiny_model())
+    sampling = {"max_tokens": 12, "temperature": 0}
+    streams = [static.generate(p, **sampling) for p in prompts[:2]]
+    columns = [], []
+    for a, b in itertools.zip_longest(*streams):
+        for said, column in zip(columns, (a, b)):
+            said += [] if column is None else column[0]
+    assert columns == tuple(
+        [t for column, _ in eager.generate(p, **sampling) for t in column]
+        for p in prompts[:2]
+    )
+    abandoned = static.generate(prompts[0])
+    next(abandoned)
+    assert static.spare is None
+    abandoned.close()
+    assert static.spare is not None
+
+
+def test_large_buffers_do_not_wait_for_the_next_call(monkeypatch, prompts):
+    monkeypatch.setattr("nanochat.engine.SPARE_BYTES", 1000)
+    _, static = both_engines(tiny_model())
+    static.generate_many(prompts, max_tokens=3)
+    assert static.spare is None
+
+
+# ---- weights and rows
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN])
+def test_frozen_weights_give_the_same_logits_bit_for_bit(fields):
+    model = tiny_model(n_head=4, n_kv_head=2, **fields)
+    model.dtype = torch.bfloat16
+    ids = torch.tensor(ragged_prompts([30, 30]))
+    held = lambda: sum(p.nbytes for p in model.parameters())
+    with torch.inference_mode():
+        before, loss, size = model(ids), model(ids, ids), held()
+    same = freeze_weights(model)
+    with torch.inference_mode():
+        assert same is model and model(ids).equal(before)
+        assert model(ids, ids).equal(loss)
+    tables = {p.dtype for p in model.parameters() if p.dim() == 2}
+    assert tables == {torch.bfloat16} and held() < 0.51 * size
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.num_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_in_training_is_not_frozen():
+    model = tiny_model().train()
+    with pytest.raises(UserError, match="training mode"):
+        freeze_weights(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def filled_cache(rows: int, lengths=None) -> KVCache:
+    cache, g = KVCache(rows, 2, 64, 16, 4), torch.Generator().manual_seed(0)
+    for part in (cache.k_cache, cache.v_cache):
+        part.normal_(generator=g)
+    cache.set_lengths(lengths or [50] * rows)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "rows", [[0], [1, 2, 5], [0, 2, 7], [7], [], list(range(8)), [5, 1], [2, 2, 3]]
+)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rows_are_kept_without_asking_for_each(rows, ragged):
+    cache = filled_cache(8, [50, 3, 20, 7, 9, 64, 1, 30] if ragged else None)
+    keys, values = cache.k_cache.clone(), cache.v_cache.clone()
+    lengths = cache.cache_seqlens.tolist()
+    with HostReads() as reads:
+        keep_rows(cache, rows)
+    assert reads.count == 0
+    assert cache.cache_seqlens.tolist() == [lengths[r] for r in rows]
+    assert cache.get_pos() == max([lengths[r] for r in rows], default=0)
+    for to, row in enumerate(rows):
+        n = lengths[row]
+        assert cache.k_cache[:, to, :n].equal(keys[:, row, :n])
+        assert cache.v_cache[:, to, :n].equal(values[:, row, :n])
+
+
+def test_keeping_rows_takes_no_second_cache():
+    cache = filled_cache(8, [50, 3, 20, 7, 9, 64, 1, 30])
+    one_layer = cache.k_cache[0].nbytes
+    assert peak_bytes(lambda: keep_rows(cache, [1, 3, 4, 6, 7])) < one_layer / 8
+
+
+def test_prefill_makes_logits_for_one_position_of_each_prompt():
+    model = tiny_model(vocab_size=50_000)
+    logits = 50_000 * 4
+    few = peak_bytes(lambda: prefill(model, [[5] * 60] * 4, 60))
+    assert few < 60 * logits  # of 240 positions

@@ -9,11 +9,13 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+from memory import peak_bytes
 
 from nanochat import chat_eval, core_eval, report
 from nanochat.chat_eval import (
     ChatEvalConfig,
     chat_core,
+    grade_categorical,
     letter_ids,
     paired_difference,
     pass_at_k,
@@ -21,7 +23,14 @@ from nanochat.chat_eval import (
     wilson,
 )
 from nanochat.common import UserError, compute_cleanup, compute_init
-from nanochat.core_eval import CoreTask, evaluate_core, evaluate_task, gather
+from nanochat.core_eval import (
+    CoreTask,
+    Span,
+    evaluate_core,
+    evaluate_task,
+    gather,
+    score_spans,
+)
 from nanochat.dataloader import Batch
 from nanochat.engine import Engine
 from nanochat.functional import cross_entropy
@@ -264,13 +273,15 @@ class Fluent:
         self.config = GPTConfig(sequence_len=sequence_len)
         self.get_device = lambda: torch.device("cpu")
 
-    def __call__(self, idx):
+    def hidden(self, idx):
+        return idx
+
+    def logits(self, idx):
         logits = torch.zeros(*idx.shape, V)
         follows = dict(itertools.pairwise(self.ids))
-        for row, column in itertools.product(*map(range, idx.shape)):
-            after = follows.get(int(idx[row, column]))
-            if after is not None:
-                logits[row, column, after] = 9.0
+        for place, token in enumerate(idx.tolist()):
+            if token in follows:
+                logits[place, follows[token]] = 9.0
         return logits
 
 
@@ -410,6 +421,18 @@ class Letters(ChoiceTask):
 
     def parse(self, row):
         return row["q"], ["A", "B", "C"], ["one", "two", "three"], "B"
+
+
+def test_exams_make_logits_for_the_wanted_positions_only():
+    rows = 20_000  # of the head, nearly all of them padding
+    model = GPT(GPTConfig(128, V, 1, 2, 1, 32, pad_vocab_to=rows))
+    model.init_weights(0)
+    task, row = Letters(), 4 * rows  # bytes of the logits of one position
+    task.rows = [{"q": "x" * 300}] * 9  # prompts that fill the context
+    grade = lambda: grade_categorical(task, range(9), TOKENIZER, model)
+    assert peak_bytes(grade) < 2 * 9 * row + 2**22
+    spans = [Span([5] * 128, 125, 128)] * 9
+    assert peak_bytes(lambda: score_spans(model, spans)) < 5 * 9 * 3 * row + 2**22
 
 
 def test_batched_choice_equals_one_by_one():

@@ -152,6 +152,16 @@ def test_rms_norm_forgets_scale_and_keeps_direction(seed, B, C, scale):
     torch.testing.assert_close(y.norm(dim=-1), torch.full((B,), C**0.5).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rms_norm_of_a_gpu_without_gradients_is_pytorchs(dtype):
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs = F.rms_norm(x, (96,), eps=1e-6)
+    torch.testing.assert_close(rms_norm(x, 1e-6), theirs)
+    with torch.no_grad():  # "meta" takes the way of every device that is no CPU
+        y = rms_norm(x.to("meta"))
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, dtype, "meta")
+
+
 def test_rms_norm_of_zero_is_zero():
     assert rms_norm(torch.zeros(2, 4)).eq(0).all()
 
