@@ -1,10 +1,13 @@
 """What the sections share: sizes, the report, errors, clocks, models with random weights."""
 
+import importlib.util
 import json
 import math
 import os
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +37,12 @@ class Scale:
     "How large everything is: as on a card, or small enough for a CPU."
 
     tiny: bool = False
-    seconds: float = math.inf  # that are left for the section
+    seconds: float = math.inf  # that the section may take
+    begun: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        "Return the seconds until the section is ended."
+        return self.begun + self.seconds - time.monotonic()
 
     def pick(self, full, tiny):
         "Choose between the size for a card and the one for the CPU."
@@ -68,7 +76,7 @@ class Report:
 
     def check(self, name: str, value: float, bound: float) -> bool:  # value <= bound
         "Compare an error with the largest that is right; NaN is wrong."
-        value = float(value)
+        value, bound = float(value), float(bound)
         ok = value <= bound
         self.checks.append({"name": name, "value": value, "bound": bound, "ok": ok})
         self.write()
@@ -279,3 +287,9 @@ def exact_products():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def without_crate() -> None:
+    "Let modules be imported that only pass a tokenizer on, where the crate is not installed."
+    if importlib.util.find_spec("rustbpe") is None:
+        sys.modules["rustbpe"] = types.ModuleType("rustbpe")

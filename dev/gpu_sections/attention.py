@@ -1,0 +1,88 @@
+"""Every attention kernel that can run here against the one written for reading."""
+
+import torch
+from torch import Tensor
+
+from gpu_sections.tools import (
+    Report,
+    Scale,
+    error,
+    names,
+    require_bf16,
+    seconds_of,
+    watched,
+)
+
+BOUND = 1e-2  # largest error in bf16, forward and backward; its rounding alone is 2e-3
+
+
+def cases(scale: Scale) -> dict[str, tuple[int, ...]]:
+    "Return the shapes to try: rows, positions, heads, key-value heads, head size, window."
+    T, D = scale.pick(1024, 32), scale.pick(128, 16)
+    return {
+        "plain": (2, T, 4, 4, D, 0),
+        "grouped": (2, T, 4, 2, D, 0),
+        "one key-value head": (2, T, 4, 1, D, 0),
+        "window": (2, T, 4, 4, D, T // 4),
+        "grouped, window": (2, T, 4, 2, D, T // 4 + 1),
+        "odd length": (1, T - 3, 2, 2, D, 0),
+        "small heads": (3, T // 2, 3, 3, D // 2, 0),
+    }
+
+
+def draw(shape: tuple[int, ...], scale: Scale) -> list[Tensor]:
+    "Draw queries, keys, values and a gradient in bf16."
+    B, T, H, kv, D, _ = shape
+    g = torch.Generator().manual_seed(sum(shape))
+    sizes = [(B, T, heads, D) for heads in (H, kv, kv, H)]
+    drawn = [torch.randn(size, generator=g) for size in sizes]
+    return [x.to(scale.device, torch.bfloat16) for x in drawn]
+
+
+def derive(inputs: list[Tensor], window: int, kernel: str) -> dict[str, Tensor]:
+    "Return the output of a kernel and its three gradients."
+    from nanochat.attention import attend
+
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    y = attend(q, k, v, window=window, kernel=kernel)
+    y.backward(inputs[3].to(y.dtype))
+    return {"output": y.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+def attention(scale: Scale, report: Report) -> None:
+    "Compare all kernels, forward and backward, with the twin in fp32; time each."
+    from nanochat.attention import KERNELS, kernel_works
+
+    require_bf16(scale)
+    refused = {name: kernel_works(name, scale.device) for name in KERNELS}
+    ran = [name for name, why in refused.items() if not why]
+    report.note(refused={k: why for k, why in refused.items() if why}, ran=ran)
+    for name in ran:
+        for case, shape in cases(scale).items():
+            compare(name, case, draw(shape, scale), shape[-1], report)
+        inputs = draw(timed_shape(scale), scale)
+        step = lambda name=name, inputs=inputs: derive(inputs, 0, name)
+        spent = watched(step, scale)
+        report.kernels += [f"{name}: {kernel}" for kernel in names(spent, 3)]
+        if name != "twin":  # which holds all scores, in fp32
+            report.note(**{f"{name} seconds": seconds_of(step, scale, 10, 3)})
+    report.key = f"{len(ran)} kernels right: {', '.join(ran)}"
+
+
+def compare(
+    name: str, case: str, inputs: list[Tensor], window: int, report: Report
+) -> None:
+    "Check one kernel on one shape; what it refuses in words is noted, not wrong."
+    wanted = derive([x.float() for x in inputs], window, "twin")
+    try:
+        found = derive(inputs, window, name)
+    except (ValueError, NotImplementedError) as refusal:
+        report.note(**{f"{name}, {case}: refused": str(refusal)})
+        return
+    for part, right in wanted.items():
+        report.check(f"{name}, {case}: {part}", error(found[part], right), BOUND)
+
+
+def timed_shape(scale: Scale) -> tuple[int, ...]:
+    "Return the shape of depth 20 at device batch 4."
+    return scale.pick((4, 2048, 10, 10, 128, 0), (1, 32, 2, 2, 16, 0))
