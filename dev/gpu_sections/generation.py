@@ -90,11 +90,11 @@ def compare(name: str, model: GPT, ids: Tensor, report: Report) -> None:
 
 def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
     "Check that static buffers and a graph choose the ids that eager decoding chooses."
-    from nanochat.engine import DecodeStep, freeze_weights
+    from nanochat.decode import DecodeStep, freeze_weights
 
     lengths = [40, 7, 1, 25]
     prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
-    kept = freeze_weights(model)
+    kept = freeze_weights(model.eval())
     wanted = greedy(kept, prompts, 8, None)
     for graph in (False, None):
         step = DecodeStep(kept, len(prompts), 64, graph=graph)
@@ -119,16 +119,12 @@ def greedy(model: GPT, prompts: list[list[int]], count: int, step) -> Tensor:
 
 # ---- Fast
 
-WAYS = {  # how -> options of DecodeStep; None: the engine's eager step, which uses up the cache
-    "graph": {},
-    "eager": None,
-    "compiled graph": {"compiled": True},
-}
+WAYS = ("graph", "eager", "compiled graph")
 
 
 def decoding(scale: Scale, report: Report) -> None:
     "Measure tokens per second with batches of 1, 16 and 64 after 512 tokens."
-    from nanochat.engine import freeze_weights
+    from nanochat.decode import freeze_weights
 
     require_bf16(scale)
     config, context = depth_20(scale), scale.pick(512, 16)
@@ -176,24 +172,25 @@ def one_batch(
     model: GPT, batch: int, ways: tuple[str, ...], context: int, place: tuple
 ) -> None:
     "Time some ways to decode a batch; each must choose the ids that eager chooses."
-    from nanochat.engine import DecodeStep
+    from nanochat.decode import DecodeStep
 
     scale, report = place
     count = scale.pick(64, 4)
     prompts = random_ids(model.config, batch, context)
     first, kv = prefill(model, prompts.tolist(), capacity := context + count + 8)
     for how in ways:
-        call, begun = None, time.perf_counter()
-        if WAYS[how] is not None:
-            step = DecodeStep(model, batch, capacity, **WAYS[how])
+        call, begun = eager_step(model, kv), time.perf_counter()
+        if how != "eager":  # which comes last, since it uses the cache up
+            backend = scale.pick(True, "eager") if "compiled" in how else False
+            step = DecodeStep(model, batch, capacity, compiled=backend)
             step.load(kv)
             call = step.step
-        chosen, seconds = follow(call or eager_step(model, kv), first, count, scale)
+        chosen, seconds = follow(call, first, count, scale)
         report.note(**{f"{how}, batch {batch}: first seconds": time.perf_counter() - begun})
         add_row(report, how, batch, context, seconds)
         same_ids(how, batch, chosen, report)
-        if batch == 1 and call:
-            spent = watched(lambda: call(first.argmax(-1)), scale)
+        if batch == 1:
+            spent = watched(lambda f=call: f(first.argmax(-1)), scale)
             report.kernels += [f"{how}: {kernel}" for kernel in names(spent, 5)]
 
 
