@@ -27,13 +27,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "dev" / "records" / "gpu.json"
-# Sections are forks of this process, which imports PyTorch once for all of them. It must not
-# touch the card itself, because a fork cannot use a card that its parent has used.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-os.environ.pop("TORCHDYNAMO_DISABLE", None)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(ROOT), str(ROOT / "dev"), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
 sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 
 from gpu_sections import all_sections, find_function
@@ -243,7 +236,12 @@ def main(argv: list[str] | None = None) -> int:  # exit code
 
 
 def prepare(tiny: bool) -> str:  # complaint
-    "Import what all sections need, without touching a card."
+    "Import what all sections need: they are forks of this process."
+    # A fork cannot use a card that its parent has used: PyTorch must not look for one here.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    place = [str(ROOT), str(ROOT / "dev"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, place))
     if tiny:  # on two cores one thread for each small product is the fastest
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
