@@ -115,8 +115,14 @@ def find_device(tiny: bool, folder: Path) -> tuple[dict, str]:  # facts, how to 
 def commit() -> str:
     "Name the commit, if this is a git checkout; else what NANOCHAT_COMMIT says."
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    told = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
-    return (told.stdout.strip() if told else "") or os.environ.get("NANOCHAT_COMMIT", "")
+    told = (
+        subprocess.run(git, capture_output=True, text=True)
+        if shutil.which("git")
+        else None
+    )
+    return (told.stdout.strip() if told else "") or os.environ.get(
+        "NANOCHAT_COMMIT", ""
+    )
 
 
 def write(record: dict, file: Path | None) -> None:
@@ -150,7 +156,10 @@ def run_all(names: list[str], options, folder: Path, started: float) -> dict:
         print(f"no CUDA device: {facts['missing']}; --tiny runs everything on the CPU")
         return {}
     record = begin(options.tiny, facts, options.record)
-    print(f"{facts['device']['name']}, PyTorch {facts['environment']['torch']}", flush=True)
+    print(
+        f"{facts['device']['name']}, PyTorch {facts['environment']['torch']}",
+        flush=True,
+    )
     for name in names:
         section = all_sections()[name]
         left = options.seconds - (time.time() - started)
@@ -189,9 +198,13 @@ def table(record: dict, names: list[str]) -> int:  # exit code
                 print(f"WRONG {name}: {check['name']}: {value}, at most {bound:.3g}")
         for goal in found["figures"].get("goals", []):
             if not goal["met"] and not record["tiny"]:
-                print(f"missed {name}: {goal['name']}: {goal['value']:.4g} of {goal['goal']:g}")
+                print(
+                    f"missed {name}: {goal['name']}: {goal['value']:.4g} of {goal['goal']:g}"
+                )
     bad = ("wrong", "failed", "timeout")
-    wrong = [n for n in names if all_sections()[n].right and sections[n]["status"] in bad]
+    wrong = [
+        n for n in names if all_sections()[n].right and sections[n]["status"] in bad
+    ]
     verdict = f"NOT RIGHT: {', '.join(wrong)}" if wrong else "nothing is wrong"
     print(f"{record['seconds']:.0f} s; {verdict}")
     return 1 if wrong else 0
@@ -200,9 +213,13 @@ def table(record: dict, names: list[str]) -> int:  # exit code
 def parse(argv: list[str] | None) -> argparse.Namespace:
     "Read the command line."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=420, help="time for everything")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="time for everything"
+    )
     parser.add_argument("--only", default="", metavar="NAME,...", help="these sections")
-    parser.add_argument("--list", action="store_true", help="show the sections, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="show the sections, and stop"
+    )
     parser.add_argument("--tiny", action="store_true", help="small models, on the CPU")
     parser.add_argument("--record", type=Path, help="JSON file for the results")
     options = parser.parse_args(argv)

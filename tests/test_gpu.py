@@ -84,7 +84,14 @@ def test_the_figures_that_plan_and_book_read(tiny):
     assert sizes <= figures["training"].keys()
     row = {"lever", "tokens_per_second", "peak_bytes", "note"}
     assert all(row >= r.keys() for r in figures["levers"]["rows"])
-    parts = {"matrix products", "attention", "loss", "element-wise", "optimizer", "idle"}
+    parts = {
+        "matrix products",
+        "attention",
+        "loss",
+        "element-wise",
+        "optimizer",
+        "idle",
+    }
     assert figures["profile"]["parts"].keys() == parts
     row = {"how", "batch_size", "context", "tokens_per_second", "share_of_bound"}
     assert all(row <= r.keys() for r in figures["decoding"]["rows"])

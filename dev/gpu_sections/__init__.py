@@ -34,13 +34,13 @@ SECTIONS = {
         "right:model", "logits, loss and gradients: CPU, card, bf16", 15, 90, True
     ),
     "compile": Section(
-        "right:compiled", "compiled = eager, gradients included", 35, 120, True
+        "right:compiled", "compiled = eager, gradients included", 30, 120, True
     ),
     "training": Section(
-        "speed:training", "tokens per second and memory at depth 20", 90, 240
+        "speed:training", "tokens per second and memory at depth 20", 75, 200
     ),
     "decoding": Section(
-        "generation:decoding", "tokens per second of generation, depth 20", 50, 150
+        "generation:decoding", "tokens per second of generation, depth 20", 55, 120
     ),
     "attention": Section(
         "attention:attention", "every attention kernel against the twin", 15, 90, True
@@ -49,7 +49,7 @@ SECTIONS = {
         "generation:decode_right", "cached decoding = full forward", 10, 90, True
     ),
     "optimizer": Section(
-        "optimizing:optimizer", "Muon's iteration in bf16, and AdamW", 25, 120, True
+        "optimizing:optimizer", "Muon's iteration in bf16, and AdamW", 20, 90, True
     ),
     "head": Section("right:head", "the chunked loss in bf16", 6, 60, True),
     "syncs": Section(
@@ -59,17 +59,20 @@ SECTIONS = {
         "recovery:checkpoint", "written on the card, continued anywhere", 10, 90, True
     ),
     "resume": Section(
-        "recovery:resume", "resume after kill -9 = uninterrupted", 25, 120, True
+        "recovery:resume", "resume after kill -9 = uninterrupted", 20, 90, True
     ),
     "same_training": Section(
-        "pipeline:same_training", "the CPU preset's run, on the card", 40, 180, True
+        "pipeline:same_training", "the CPU preset's run, on the card", 45, 180, True
     ),
-    "fp8": Section("speed:fp8", "fp8 against bf16: speed and bits per byte", 80, 240),
-    "profile": Section("speed:profile", "where the time of a step goes", 30, 150),
-    "levers": Section("speed:levers", "each lever of training speed alone", 60, 240),
+    "fp8": Section("speed:fp8", "fp8 against bf16: speed and bits per byte", 50, 300),
+    "profile": Section("speed:profile", "where the time of a step goes", 30, 120),
     "nccl": Section(
-        "many:nccl", "NCCL with one rank, and rank 0 of 8 on this card", 30, 150
+        "many:nccl", "NCCL with one rank, and rank 0 of 8 on this card", 25, 120
     ),
+    "training_32": Section(
+        "speed:training_32", "depth 20 again, with 32 rows at a time", 70, 200
+    ),
+    "levers": Section("speed:levers", "each lever of training speed alone", 60, 400),
     "lab": Section(
         "pipeline:lab",
         "speedrun.sh --preset gpu-lab, five minutes",

@@ -1,5 +1,7 @@
 """Every attention kernel that can run here against the one written for reading."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from gpu_sections.tools import (
     seconds_of,
     watched,
 )
+from nanochat.attention import KERNELS, attend, choose_kernel, kernel_works
 from nanochat.common import UserError
 
 BOUND = 1e-2  # largest error in bf16, forward and backward; its rounding alone is 2e-3
@@ -42,8 +45,6 @@ def draw(shape: tuple[int, ...], scale: Scale) -> list[Tensor]:
 
 def derive(inputs: list[Tensor], window: int, kernel: str) -> dict[str, Tensor]:
     "Return the output of a kernel and its three gradients."
-    from nanochat.attention import attend
-
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     y = attend(q, k, v, window=window, kernel=kernel)
     y.backward(inputs[3].to(y.dtype))
@@ -52,16 +53,20 @@ def derive(inputs: list[Tensor], window: int, kernel: str) -> dict[str, Tensor]:
 
 def attention(scale: Scale, report: Report) -> None:
     "Compare all kernels, forward and backward, with the twin in fp32; time each."
-    from nanochat.attention import KERNELS, kernel_works
-
     require_bf16(scale)
     refused = {name: kernel_works(name, scale.device) for name in KERNELS}
     report.note(refused={k: why for k, why in refused.items() if why})
-    drawn = {name: (draw(shape, scale), shape[-1]) for name, shape in cases(scale).items()}
-    wanted = {n: derive([x.float() for x in xs], w, "twin") for n, (xs, w) in drawn.items()}
+    drawn = {
+        name: (draw(shape, scale), shape[-1]) for name, shape in cases(scale).items()
+    }
+    wanted = {
+        n: derive([x.float() for x in xs], w, "twin") for n, (xs, w) in drawn.items()
+    }
     ran = []
     for name in (name for name, why in refused.items() if not why):
-        served = [compare(name, case, drawn[case], wanted[case], report) for case in drawn]
+        served = [
+            compare(name, case, drawn[case], wanted[case], report) for case in drawn
+        ]
         if any(served):
             ran.append(name)
         if served[0] and name != "twin":  # which holds all scores, in fp32
@@ -78,11 +83,16 @@ def compare(
     report: Report,
 ) -> bool:  # whether it ran
     "Check one kernel on one shape; what it refuses in words is noted, not wrong."
+    (q, k, *_), window = inputs
     try:
         found = derive(*inputs, name)
     except UserError as refusal:
         report.note(**{f"{name}, {case}: refused": str(refusal)})
         return False
+    except RuntimeError as broken:  # wrong only where the model would have chosen it
+        report.note(**{f"{name}, {case}: broken": str(broken)})
+        chosen = choose_kernel(q, k, window, masked=False, trains=True) == name
+        return not report.check(f"{name}, {case}: chosen, but broken", chosen, 0)
     for part, right in wanted.items():
         report.check(f"{name}, {case}: {part}", error(found[part], right), BOUND)
     return True
@@ -91,7 +101,7 @@ def compare(
 def time_kernel(name: str, scale: Scale, report: Report) -> None:
     "Time forward and backward at depth 20's shape, and see which kernels run."
     inputs = draw(timed_shape(scale), scale)
-    step = lambda: derive(inputs, 0, name)
+    step = partial(derive, inputs, 0, name)
     report.note(**{f"{name} seconds": seconds_of(step, scale, 10, 3)})
     report.kernels += [f"{name}: {kernel}" for kernel in names(watched(step, scale), 3)]
 

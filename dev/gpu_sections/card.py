@@ -13,7 +13,9 @@ def device(scale: Scale, report: Report) -> None:
     "Describe the card, and wake it up."
     if not scale.tiny and not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
-        report.note(missing=f"PyTorch {torch.__version__}, built for {built}, sees none")
+        report.note(
+            missing=f"PyTorch {torch.__version__}, built for {built}, sees none"
+        )
         return
     device = {"name": "CPU", "memory_gib": None, "driver": "", "cuda": ""}
     device |= {"capability": "", "key": None}

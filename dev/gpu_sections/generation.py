@@ -66,7 +66,7 @@ def decode_right(scale: Scale, report: Report) -> None:
             ids = random_ids(config, 4, 48).to(scale.device)
             with exact_products():
                 compare(f"{name}, {str(dtype)[6:]}", model, ids, report)
-        steps_agree(name, model, ids, report)
+                steps_agree(f"{name}, {str(dtype)[6:]}", model, ids, report)
     right = [c["value"] for c in report.checks if "float32" in c["name"]]
     report.key = f"{len(VARIANTS)} models, largest error in fp32 {max(right):.1e}"
 
@@ -92,15 +92,17 @@ def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
     "Check that static buffers and a graph choose the ids that eager decoding chooses."
     from nanochat.decode import DecodeStep, freeze_weights
 
-    lengths = [40, 7, 1, 25]
-    prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+    prompts = [row[:n].tolist() for row, n in zip(ids, (40, 7, 1, 25))]
     kept = freeze_weights(model.eval())
     wanted = greedy(kept, prompts, 8, None)
-    for graph in (False, None):
-        step = DecodeStep(kept, len(prompts), 64, graph=graph)
-        differ = (greedy(kept, prompts, 8, step) != wanted).sum()
-        how = "graph" if graph is None else "static buffers"
-        report.check(f"{name}: greedy ids that differ, {how}", differ, 0)
+    static = greedy(kept, prompts, 8, DecodeStep(kept, 4, 64, graph=False))
+    graph = greedy(kept, prompts, 8, DecodeStep(kept, 4, 64))
+    differ = (graph != static).sum()
+    report.check(f"{name}: greedy ids, graph against the same uncaptured", differ, 0)
+    # In bf16 another kernel's rounding decides between logits that are nearly equal.
+    if model.dtype == torch.float32:
+        differ = (graph != wanted).sum()
+        report.check(f"{name}: greedy ids, graph against eager", differ, 0)
 
 
 @torch.inference_mode()
@@ -109,11 +111,11 @@ def greedy(model: GPT, prompts: list[list[int]], count: int, step) -> Tensor:
     logits, kv = prefill(model, prompts, 64)
     if step is not None:
         step.load(kv)
+    call = step.step if step is not None else eager_step(model, kv)
     chosen = []
     for _ in range(count):
-        chosen.append(logits.argmax(-1).clone())
-        again = lambda: model(chosen[-1][:, None], kv_cache=kv)[:, -1]
-        logits = step.step(chosen[-1]) if step is not None else again()
+        chosen.append(logits.argmax(-1))
+        logits = call(chosen[-1])
     return torch.stack(chosen, 1).cpu()
 
 
@@ -138,7 +140,7 @@ def decoding(scale: Scale, report: Report) -> None:
         one_batch(model, batch, ("graph", "eager"), context, (scale, report))
     transformers_batches(model, batches[:2], context, (scale, report))
     for batch in batches[:2]:  # to compile takes longest, so it comes last
-        if scale.left() > scale.pick(40, 0):
+        if scale.left() > scale.pick(60, 0):
             one_batch(model, batch, ("compiled graph",), context, (scale, report))
     best = {b: fastest(report, b) for b in batches}
     shown = [f"{best[b]:,.0f} tokens/s at batch {b}" for b in batches[:2]]
@@ -185,10 +187,11 @@ def one_batch(
             step = DecodeStep(model, batch, capacity, compiled=backend)
             step.load(kv)
             call = step.step
-        chosen, seconds = follow(call, first, count, scale)
-        report.note(**{f"{how}, batch {batch}: first seconds": time.perf_counter() - begun})
+        ids, logits, seconds = follow(call, first, count, scale)
+        told = time.perf_counter() - begun
+        report.note(**{f"{how}, batch {batch}: seconds with the first step": told})
         add_row(report, how, batch, context, seconds)
-        same_ids(how, batch, chosen, report)
+        same_ids(how, batch, (ids, logits), report)
         if batch == 1:
             spent = watched(lambda f=call: f(first.argmax(-1)), scale)
             report.kernels += [f"{how}: {kernel}" for kernel in names(spent, 5)]
@@ -199,36 +202,35 @@ def eager_step(model: GPT, kv: KVCache):
     return lambda tokens: model(tokens[:, None], kv_cache=kv)[:, -1]
 
 
-def follow(call, logits: Tensor, count: int, scale: Scale) -> tuple[Tensor, float]:
-    "Decode greedily; return the ids (steps, B) and the median seconds of a step."
-    chosen, times, part = [], [], max(1, count // 8)
+def follow(call, logits: Tensor, count: int, scale: Scale) -> tuple:
+    "Decode greedily; return ids (steps, B), logits after one step, seconds of a step."
+    chosen, part = [logits.argmax(-1)], max(1, count // 8)
+    logits = once = call(chosen[0]).clone()  # the next step overwrites what it returns
 
-    def some(steps: int) -> None:
+    def some() -> None:
         nonlocal logits
-        for _ in range(steps):  # nothing is read back: the next step waits for nobody
+        for _ in range(part):  # nothing is read back: the next step waits for nobody
             chosen.append(logits.argmax(-1))
             logits = call(chosen[-1])
 
-    for _ in range(count // part):
-        times.append(elapsed(lambda: some(part), scale) / part)
-    return torch.stack(chosen).cpu(), statistics.median(times[1:])
+    times = [elapsed(some, scale) / part for _ in range(count // part)]
+    return torch.stack(chosen).cpu(), once, statistics.median(times)
 
 
-def same_ids(how: str, batch: int, chosen: Tensor, report: Report) -> None:
-    "Compare the ids with those of the first way that ran at this batch size."
-    first = FIRST.setdefault(batch, (how, chosen))
-    if first[0] == how:
+def same_ids(how: str, batch: int, found: tuple, report: Report) -> None:
+    "Compare ids and the first logits with those of the way that ran first."
+    first, ids, logits = FIRST.setdefault(batch, (how, *found))
+    if first == how:
         return
-    # Once a row differs it goes its own way: what counts is how many rows ever do.
-    differ = (first[1] != chosen).any(0).sum().item()
-    name = f"batch {batch}: rows whose ids differ, {how} from {first[0]}"
-    if "compiled" in how:  # rounds elsewhere, so that near ties may fall otherwise
-        report.note(**{name: differ})
-    else:
-        report.check(name, differ, 0)
+    name = f"batch {batch}, {how} against {first}"
+    report.check(f"{name}: logits", error(found[1], logits), BF16)
+    # Weights that were never trained leave near ties, which rounding decides: that ids
+    # are equal is checked in fp32 (`decode_right`); here it is told how many are.
+    agree = (ids == found[0]).float().mean().item()
+    report.note(**{f"{name}: share of ids that agree": agree})
 
 
-FIRST = {}  # batch size -> (how, ids) of this process
+FIRST = {}  # batch size -> (how, ids, logits) of this process
 
 
 def transformers_batches(
@@ -269,6 +271,8 @@ def transformers_model(model: GPT, scale: Scale):
     apart = ("architectures", "model_type", "pad_token_id", "dtype")
     told = {k: v for k, v in hf_config(model.config, 0, 1).items() if k not in apart}
     with torch.device(scale.device):
-        theirs = NanoChatForCausalLM(NanoChatConfig(**told)).to(torch.bfloat16)
+        theirs = NanoChatForCausalLM(NanoChatConfig(**told))
+    for p in theirs.parameters():  # not the rotary tables, which theirs keep in fp32
+        p.data = p.data.to(torch.bfloat16)
     theirs.load_state_dict(hf_weights(model))
     return theirs.eval()

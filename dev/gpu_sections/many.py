@@ -19,14 +19,17 @@ from gpu_sections.tools import (
     names,
     peak_of,
     random_batch,
+    random_ids,
     require_bf16,
     require_memory,
     seconds_of,
     watched,
     without_crate,
+    worst,
 )
 from nanochat.accounting import training_memory
 from nanochat.adamw import all_gather, reduce_scatter
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 from nanochat.train import accumulate
@@ -47,7 +50,7 @@ def nccl(scale: Scale, report: Report) -> None:
         found = json.loads(out.read_text())
     report.kernels = found.pop("kernels")
     report.note(**found)
-    report.check("weights that differ from a step without a group", found["differ"], 0)
+    report.check("weights, away from a step without a group", found["differ"], 1e-4)
     without_crate()
     counted = collectives(scale, report)
     rank_of_eight(scale, report)
@@ -65,10 +68,8 @@ def small_step(device: torch.device) -> dict[str, torch.Tensor]:  # weights
     model = GPT(GPTConfig(64, 512, 2, 2, 2, 128)).to(device)
     model.init_weights(0)
     optimizer = setup_optimizer(model)
-    ids = torch.randint(512, (4, 65), generator=torch.Generator().manual_seed(0))
-    from nanochat.dataloader import Batch
-
-    batch = Batch(ids[:, :-1].to(device), ids[:, 1:].to(device))
+    ids = random_ids(model.config, 4, 65).to(device)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     accumulate(model, [batch, batch])
     optimizer.step(1.0, 0.9, clip=1.0)
     return model.state_dict()
@@ -77,14 +78,16 @@ def small_step(device: torch.device) -> dict[str, torch.Tensor]:  # weights
 def be_rank(out: Path, scale: Scale) -> None:
     "Be the one rank that torchrun starts."
     device = scale.device
+    # Muon in bf16 would make much of sums that are added in another order.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     alone = small_step(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(0)
     dist.init_process_group(backend)
     together = small_step(device)
     found = {"backend": backend, "world_size": dist.get_world_size()}
-    found["differ"] = sum(not torch.equal(alone[n], together[n]) for n in alone)
+    found["differ"] = worst(together, alone)
     full = torch.randn(scale.pick(2**26, 2**12), device=device)
     part = torch.empty_like(full)
     ways = {

@@ -55,7 +55,9 @@ def singular_values(method: str, scale: Scale, report: Report) -> None:
         name = f"{method}, {shape[0]} x {shape[1]}"
         report.check(f"{name}: bf16 against fp32", error(half, exact), 5e-2)
         found, wanted = (torch.linalg.svdvals(m.float().cpu()) for m in (half, exact))
-        report.check(f"{name}: largest singular value", found.max(), wanted.max() + 0.05)
+        report.check(
+            f"{name}: largest singular value", found.max(), wanted.max() + 0.05
+        )
         # The smallest values of a square matrix are not reached in five steps, so the
         # median stands for "near 1".
         report.check(f"{name}: median", (found.median() - wanted.median()).abs(), 0.05)

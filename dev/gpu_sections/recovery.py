@@ -3,7 +3,6 @@
 import os
 import tempfile
 import time
-import warnings
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def checkpoint(scale: Scale, report: Report) -> None:
             cursors = checkpoint.load_training_state(path, again, resumed)
             report.check(f"{place}: cursors", cursors != {"0": {"at": 3}}, 0)
             steps(again, resumed, range(3, 6), scale)
-            bound = 1e-5 if place == "card" else 1e-3
+            # Muon makes much of the smallest singular values, hence of rounding too.
+            bound = 1e-3 if place == "card" else 1e-2
             found = error(moved(again, start), wanted)
             report.check(f"continued on the {place}: weights", found, bound)
     report.key = f"continued on the CPU: {found:.1e} away"
@@ -84,27 +84,20 @@ LAST, EVERY = 12, 3  # steps of the run, steps between checkpoints
 
 def be_killed(folder: Path, scale: Scale) -> None:
     "Be a run that saves every few steps and continues where the last checkpoint is."
-    # The fixed workspace that deterministic matrix products on a GPU ask for.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     without_crate()
     from nanochat import checkpoint
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    checkpoint.use_deterministic()
     model, optimizer = fresh(scale, scale.device, torch.bfloat16)
     done = max(checkpoint.list_steps(folder), default=0)
     if done:
         path = folder / f"step_{done:06d}"
         checkpoint.load_training_state(path, model, optimizer)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for step in range(done, LAST):
-            steps(model, optimizer, range(step, step + 1), scale)
-            if (step + 1) % EVERY == 0:
-                checkpoint.save(folder, step + 1, model, optimizer)
-                time.sleep(0.2)  # for the kill
-    said = {str(w.message).split(".")[0] for w in told}
-    said = [line for line in said if "deterministic" in line]
-    (folder / "told.txt").write_text("\n".join(sorted(said)))
+    for step in range(done, LAST):
+        steps(model, optimizer, range(step, step + 1), scale)
+        if (step + 1) % EVERY == 0:
+            checkpoint.save(folder, step + 1, model, optimizer)
+            time.sleep(0.2)  # for the kill
 
 
 def start(folder: Path, scale: Scale):  # a process
@@ -131,12 +124,12 @@ def resume(scale: Scale, report: Report) -> None:
         for process in (whole, again):
             process.join()
             report.check("exit code of a run", process.exitcode, 0)
-        told = (killed / "told.txt").read_text()
-        compare_runs(alone, killed, told, report)
+        if all(check["ok"] for check in report.checks):
+            compare_runs(alone, killed, report)
 
 
-def compare_runs(alone: Path, killed: Path, told: str, report: Report) -> None:
-    "Compare the last checkpoints: bit for bit, where every kernel could be deterministic."
+def compare_runs(alone: Path, killed: Path, report: Report) -> None:
+    "Compare the last checkpoints bit for bit: deterministic kernels were asked for."
     differ, worst = 0, 0.0
     for file in sorted((alone / f"step_{LAST:06d}").glob("*.safetensors")):
         wanted = load_file(file)
@@ -144,9 +137,6 @@ def compare_runs(alone: Path, killed: Path, told: str, report: Report) -> None:
         for name, value in wanted.items():
             differ += not torch.equal(value, found[name])
             worst = max(worst, error(found[name], value))
-    report.note(tensors_that_differ=differ, largest_error=worst, not_deterministic=told)
-    if told:
-        report.check("largest error; some kernels are not deterministic", worst, 1e-2)
-    else:
-        report.check("tensors that differ", differ, 0)
+    report.note(largest_error=worst)
+    report.check("tensors that differ", differ, 0)
     report.key = "bit for bit" if not differ else f"within {worst:.1e}"

@@ -1,21 +1,22 @@
 """How fast is training? The ceilings, depth 20 as it ships, each lever alone, fp8, the parts."""
 
-import gc
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import torch
 
+from gpu_sections.optimizing import BYTES, read_bytes
 from gpu_sections.tools import (
     GIB,
     Report,
     Scale,
     Skip,
+    clean,
     depth_20,
     elapsed,
-    free_bytes,
     large_model,
     names,
     peak_of,
@@ -29,7 +30,8 @@ from gpu_sections.tools import (
 )
 from nanochat import head
 from nanochat.accounting import flops_per_token, training_memory
-from nanochat.gpt import GPT
+from nanochat.functional import nats_to_bits
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 from nanochat.train import accumulate
 
@@ -54,7 +56,8 @@ def copy_rate(scale: Scale) -> float:  # bytes read and written per second
 def product_rate(scale: Scale) -> float:  # operations per second
     "Measure a large square product in bf16, of random numbers."
     n = scale.pick(8192, 256)
-    a, b = (torch.randn(n, n, device=scale.device, dtype=torch.bfloat16) for _ in "ab")
+    a = torch.randn(n, n, device=scale.device, dtype=torch.bfloat16)
+    b = torch.randn(n, n, device=scale.device, dtype=torch.bfloat16)
     return 2 * n**3 / seconds_of(lambda: a @ b, scale, 20, 5)
 
 
@@ -86,6 +89,7 @@ class Trainer:
     ):
         from nanochat.compiling import compile_model
 
+        torch.set_float32_matmul_precision("high")  # as the stages do on a GPU
         self.scale, self.rows = scale, rows
         self.config = depth_20(scale, layers)
         self.model = large_model(self.config, scale)
@@ -119,10 +123,7 @@ class Trainer:
     def close(self) -> None:
         "Give the memory back."
         self.model = self.call = self.optimizer = self.batch = None
-        torch._dynamo.reset()
-        gc.collect()
-        if self.scale.device.type == "cuda":
-            torch.cuda.empty_cache()
+        clean(self.scale)
 
 
 def counted_bytes(scale: Scale, rows: int, layers: int = 20) -> int:
@@ -132,28 +133,31 @@ def counted_bytes(scale: Scale, rows: int, layers: int = 20) -> int:
 
 
 def training(scale: Scale, report: Report) -> None:
-    "Measure a step of 524,288 tokens at depth 20, compiled, with 16 and 32 rows."
-    require_bf16(scale)
-    require_memory(scale, counted_bytes(scale, scale.pick(16, 2)), "depth 20, 16 rows")
-    found = []
-    for rows in scale.pick((16, 32), (2, 4)):
-        if counted_bytes(scale, rows) > 0.97 * free_bytes(scale):
-            report.note(**{f"{rows} rows": "more than the memory of this card"})
-            continue
-        if found and scale.left() < scale.pick(75, 0):
-            report.note(**{f"{rows} rows": "no time left"})
-            continue
-        found.append(measure(Trainer(scale, rows, guard=not found), report))
-        best = max(found, key=lambda row: row["tokens_per_second"])
-        report.note(rows=found, **best)
-        share = f", {best['mfu']:.1%} of the peak" if best["mfu"] else ""
-        report.key = f"{best['tokens_per_second']:,.0f} tokens/s{share}"
-        report.write()
-    report.goal("tokens per second", best["tokens_per_second"], 150_000)
-    report.goal("optimizer's share of a step", best["optimizer_share"], 0.05, most=True)
-    off = max(abs(row["peak_bytes"] / row["counted_bytes"] - 1) for row in found)
+    "Measure a step of 524,288 tokens at depth 20, compiled, with 16 rows at a time."
+    row = with_rows(scale.pick(16, 2), scale, report)
+    off = abs(row["peak_bytes"] / row["counted_bytes"] - 1)
+    report.goal("tokens per second", row["tokens_per_second"], 150_000)
+    report.goal("optimizer's share of a step", row["optimizer_share"], 0.05, most=True)
     report.goal("peak memory, away from the count", off, 0.05, most=True)
-    report.goal("compile seconds", found[0]["compile_seconds"], 90, most=True)
+    report.goal("compile seconds", row["compile_seconds"], 90, most=True)
+
+
+def training_32(scale: Scale, report: Report) -> None:
+    "Measure the same with 32 rows at a time, where they fit."
+    row = with_rows(scale.pick(32, 4), scale, report)
+    report.goal("tokens per second", row["tokens_per_second"], 150_000)
+
+
+def with_rows(rows: int, scale: Scale, report: Report) -> dict:  # the figures
+    "Take the figures of depth 20 with so many rows in a micro-batch."
+    require_bf16(scale)
+    require_memory(scale, counted_bytes(scale, rows), f"depth 20, {rows} rows")
+    row = measure(Trainer(scale, rows, guard=True), report)
+    report.note(**row)
+    share = f", {row['mfu']:.1%} of the peak" if row["mfu"] else ""
+    report.key = f"{row['tokens_per_second']:,.0f} tokens/s{share}, "
+    report.key += f"{row['peak_bytes'] / GIB:.1f} GiB"
+    return row
 
 
 def measure(trainer: Trainer, report: Report) -> dict:
@@ -252,63 +256,75 @@ def loss_alone(trainer: Trainer) -> Callable:
 
 
 def levers(scale: Scale, report: Report) -> None:
-    "Change one thing at a time on some layers of depth 20, and time a step of each."
+    "Change one thing at a time on four layers of depth 20, and time a step of each."
+    require_bf16(scale)
+    report.note(rows=[], layers=scale.pick(4, 1))
+    for rows in scale.pick((16, 32), (2, 4)):
+        lever(f"{rows} rows", scale, report, batch=rows)
+    for name, change in attention_levers(scale, report).items():
+        lever(f"attention {name}", scale, report, wrap=change)
+    for power in scale.pick((26, 27, 29, 30), (10,)):
+        with patch.dict(head.CHUNK, {scale.device.type: 2**power}):
+            lever(f"2^{power} logits at a time", scale, report)
+    lever("garbage collection", scale, report, quiet=False)
+    mode = scale.pick("max-autotune-no-cudagraphs", "default")  # takes a minute or more
+    lever(f"compile mode {mode}", scale, report, mode=mode)
+    rows = [row for row in report.figures["rows"] if row["tokens_per_second"]]
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    gain = best["tokens_per_second"] / rows[0]["tokens_per_second"]
+    report.key = f"best of {len(rows)}: {best['lever']}, {gain:.2f} x the first"
+
+
+def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
+    "Return for each kernel that can run what makes a model use it; note the others."
     from nanochat.attention import KERNELS, kernel_works, set_kernel
 
-    require_bf16(scale)
-    rows = []
-    for rows_of_batch in scale.pick((16, 32), (2, 4)):
-        rows.append(lever(scale, f"{rows_of_batch} rows", report, batch=rows_of_batch))
+    found = {}
     for name in KERNELS:
         if name in ("twin", "blocks", "mask"):
             continue  # for reading, for a CPU, and for ragged rows
         if why := kernel_works(name, scale.device):
-            rows.append({"lever": f"attention {name}", "note": f"cannot run: {why}"})
-            continue
-        force = lambda model, name=name: set_kernel(model, name)
-        rows.append(lever(scale, f"attention {name}", report, wrap=force))
-    for power in scale.pick((26, 27, 29, 30), (10,)):
-        chunk = patch.dict(head.CHUNK, {scale.device.type: 2**power})
-        rows.append(lever(scale, f"2^{power} logits at a time", report, context=chunk))
-    rows.append(lever(scale, "garbage collection", report, context=None))
-    mode = scale.pick("max-autotune-no-cudagraphs", "default")  # takes a minute or more
-    rows.append(lever(scale, f"compile mode {mode}", report, mode=mode))
-    report.note(rows=rows, layers=scale.pick(4, 1))
-    timed = [row for row in rows if row.get("tokens_per_second")]
-    best = max(timed, key=lambda row: row["tokens_per_second"])
-    gain = best["tokens_per_second"] / timed[0]["tokens_per_second"]
-    report.key = f"best: {best['lever']}, {gain:.2f} x the first of {len(timed)}"
+            add_lever(f"attention {name}", {"note": f"cannot run: {why}"}, report)
+        else:
+            found[name] = partial(set_kernel, name=name)
+    return found
+
+
+def add_lever(name: str, found: dict, report: Report) -> None:
+    "Keep a row; what was not measured is null."
+    row = {"lever": name, "tokens_per_second": None, "peak_bytes": None, "note": ""}
+    report.note(rows=[*report.figures["rows"], row | found])
 
 
 def lever(
-    scale: Scale, name: str, report: Report, batch: int = 0, **change
-) -> dict:  # a row
+    name: str,
+    scale: Scale,
+    report: Report,
+    batch: int = 0,  # rows; 0: 16
+    *,
+    quiet: bool = True,  # no garbage collection, as in the loop
+    **change,  # of the Trainer
+) -> None:
     "Time some layers of depth 20 with one change; a failure is a row as well."
     from nanochat.train import quiet_gc
 
-    batch, context = batch or scale.pick(16, 2), change.pop("context", nullcontext())
-    row = {"lever": name, "tokens_per_second": None, "peak_bytes": None, "note": ""}
-    if scale.left() < scale.pick(25, 0):
-        return row | {"note": "no time left"}
+    if scale.left() < scale.pick(20, 0):
+        return add_lever(name, {"note": "no time left"}, report)
+    batch, found = batch or scale.pick(16, 2), {}
     try:
-        with ExitStack() as stack:
-            # As in the loop, unless collecting garbage is what is measured.
-            stack.enter_context(context or nullcontext())
-            if context is not None:
-                stack.enter_context(quiet_gc())
-            trainer = Trainer(scale, batch, scale.pick(4, 2), **change)
+        with quiet_gc() if quiet else nullcontext():
+            trainer = Trainer(scale, batch, report.figures["layers"], **change)
             trainer.micro = 2
             first = elapsed(trainer.step, scale)
-            row["peak_bytes"] = peak_of(trainer.step, scale)
+            found["peak_bytes"] = peak_of(trainer.step, scale)
             times = [elapsed(trainer.step, scale) for _ in range(scale.pick(8, 2))]
-            row["tokens_per_second"] = 2 * trainer.tokens / statistics.median(times)
-            row["note"] = f"compile {first:.0f} s, {min(times):.4f} to {max(times):.4f} s"
+        found["tokens_per_second"] = 2 * trainer.tokens / statistics.median(times)
+        found["note"] = f"compile {first:.0f} s; {min(times):.4f} to {max(times):.4f} s"
     except (RuntimeError, ValueError) as error:
-        row["note"] = str(error).strip().split("\n")[0][:200]
-    else:
-        trainer.close()
-    report.note(rows=[*report.figures.get("rows", []), row])
-    return row
+        found["note"] = str(error).strip().split("\n")[0][:200]
+    trainer = None  # before the memory is asked for again
+    clean(scale)
+    add_lever(name, found, report)
 
 
 # ---- fp8
@@ -318,52 +334,61 @@ def fp8(scale: Scale, report: Report) -> None:
     "Compare fp8 with bf16: speed at depth 20, and what a small model learns."
     from nanochat.fp8 import fp8_works, use_fp8
 
+    require_bf16(scale)
     if (why := fp8_works(scale.device)) and not scale.tiny:
         raise Skip(why)  # a CPU has an emulation with the same arithmetic
-    rates, batch = {}, scale.pick(16, 2)
-    require_memory(scale, counted_bytes(scale, batch), f"depth 20, {batch} rows")
-    for name, wrap in {"bf16": None, "fp8": use_fp8}.items():
-        trainer = Trainer(scale, batch, wrap=wrap)
-        trainer.passes(2)
-        seconds = statistics.median(
-            elapsed(lambda: trainer.passes(2), scale) for _ in range(scale.pick(8, 2))
-        )
-        rates[name] = 2 * trainer.tokens / seconds
-        report.kernels = names(watched(trainer.passes, scale))
-        trainer.close()
+    # Compiling all twenty layers twice takes long: with little time, six must do.
+    layers = 20 if scale.left() > 150 else 6
+    require_memory(scale, counted_bytes(scale, scale.pick(16, 2), layers), "fp8")
+    rates = {name: rate(layers, w, scale, report) for name, w in ways(use_fp8).items()}
+    ratio = rates["fp8"] / rates["bf16"]
     report.note(tokens_per_second=rates["fp8"], bf16_tokens_per_second=rates["bf16"])
-    report.note(ratio=rates["fp8"] / rates["bf16"])
-    report.key = f"{report.figures['ratio']:.2f} x bf16"
-    for name, wrap in {"bpb_bf16": None, "bpb_fp8": use_fp8}.items():
-        report.note(**{name: bits_after(200, wrap, scale)})
+    report.note(ratio=ratio, layers=layers)
+    report.key = f"{ratio:.2f} x bf16 with {layers} layers"
+    for name, wrap in ways(use_fp8).items():
+        report.note(**{f"bpb_{name}": bits_after(200, wrap, scale)})
+    report.note(bpb_other_seed=bits_after(200, None, scale, seed=1))
     away = abs(report.figures["bpb_fp8"] - report.figures["bpb_bf16"])
     report.key += f", {away:.4f} bits per byte away after 200 steps"
-    report.goal("fp8 over bf16", report.figures["ratio"], 1.10)
+    report.goal("fp8 over bf16", ratio, 1.10)
     report.goal("bits per byte, away from bf16", away, 0.002, most=True)
 
 
-def bits_after(steps: int, wrap: Callable | None, scale: Scale) -> float:
-    "Train a model on the bytes of the embedded corpus; return its bits per byte on others."
-    from gpu_sections.optimizing import BYTES, read_bytes
-    from nanochat.functional import nats_to_bits
-    from nanochat.gpt import GPTConfig
+def ways(use_fp8: Callable) -> dict[str, Callable | None]:
+    "Return what is done to a model in each case."
+    return {"bf16": None, "fp8": use_fp8}
 
+
+def rate(layers: int, wrap, scale: Scale, report: Report) -> float:
+    "Return tokens per second of forward and backward passes."
+    trainer = Trainer(scale, scale.pick(16, 2), layers, wrap=wrap)
+    trainer.passes(2)
+    times = [elapsed(lambda: trainer.passes(2), scale) for _ in range(scale.pick(8, 2))]
+    found = 2 * trainer.tokens / statistics.median(times)
+    report.kernels = names(watched(trainer.passes, scale))
+    trainer.close()
+    return found
+
+
+def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
+    "Train on the bytes of the embedded corpus; return bits per byte on those that follow."
     steps, T, rows = scale.pick((steps, 512, 32), (5, 32, 4))
-    width, layers = scale.pick((768, 12), (32, 2))
-    config = GPTConfig(T, BYTES, layers, width // 64 or 1, width // 64 or 1, width)
+    width, layers = scale.pick((512, 6), (64, 1))
+    config = GPTConfig(T, BYTES, layers, width // 64, width // 64, width)
     model = GPT(config, torch.bfloat16).to(scale.device)
-    model.init_weights(0)
+    model.init_weights(seed)
     if wrap:
         wrap(model)
     optimizer, size = setup_optimizer(model), rows * T
     text = read_bytes((steps + 4) * size + 1).to(scale.device)
-    cut = lambda i: [text[i * size + j :][:size].view(rows, T) for j in (0, 1)]
-    for step in range(steps):
-        model(*cut(step)).backward()
+    pairs = [
+        (text[at : at + size].view(rows, T), text[at + 1 : at + 1 + size].view(rows, T))
+        for at in range(0, (steps + 4) * size, size)
+    ]
+    for step, (x, y) in enumerate(pairs[:steps]):
+        model(x, y).backward()
         optimizer.step(min(1.0, 2 * (1 - step / steps)), 0.95)
         optimizer.zero_grad()
     with torch.no_grad():
-        losses = [model(*cut(step)).item() for step in range(steps, steps + 4)]
+        losses = [model(x, y).item() for x, y in pairs[steps:]]
     return nats_to_bits(statistics.mean(losses))
-
-

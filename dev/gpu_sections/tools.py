@@ -1,5 +1,6 @@
 """What the sections share: sizes, the report, errors, clocks, models with random weights."""
 
+import gc
 import importlib.util
 import json
 import math
@@ -229,11 +230,13 @@ def seconds_of(f: Callable, scale: Scale, repeat: int = 10, warm: int = 3) -> fl
     wait(scale)
     if scale.device.type != "cuda":
         return statistics.median(elapsed(f, scale) for _ in range(repeat))
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeat)]
-    for begin, end in marks:
+    marks = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         f()
         end.record()
+        marks.append((begin, end))
     wait(scale)
     return statistics.median(a.elapsed_time(b) for a, b in marks) / 1000
 
@@ -269,6 +272,8 @@ def watched(f: Callable, scale: Scale) -> dict[str, float]:  # kernel -> seconds
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [e for e in watch.key_averages() if e.device_type == wanted]
+    # A named region, such as a compiled one, would count its kernels a second time.
+    events = [e for e in events if not getattr(e, "is_user_annotation", False)]
     spent = {e.key: getattr(e, field) / 1e6 for e in events}
     return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
 
@@ -287,6 +292,14 @@ def exact_products():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def clean(scale: Scale) -> None:
+    "Give back memory that nobody refers to, and forget what was compiled."
+    torch._dynamo.reset()
+    gc.collect()
+    if scale.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def without_crate() -> None:

@@ -81,7 +81,9 @@ def syncs(scale: Scale, report: Report) -> None:
     report.note(copies=copies, copies_beside_kernels=beside)
     report.kernels = names({e["name"] for e in events if e.get("cat") == "gpu_memcpy"})
     if scale.device.type == "cuda":
-        report.check("share of copies beside no kernel", 1 - beside / (copies or 1), 0.5)
+        report.check(
+            "share of copies beside no kernel", 1 - beside / (copies or 1), 0.5
+        )
         report.key = f"no waits; {beside} of {copies} copies run beside kernels"
     else:
         report.key = "no CUDA: no alarm and no copies to see"
@@ -100,14 +102,19 @@ def trace(f, scale: Scale, times: int = 5) -> list[dict]:
         return json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
 
 
-def overlap(events: list[dict]) -> tuple[int, int]:  # copies to the card, beside kernels
+def overlap(
+    events: list[dict],
+) -> tuple[int, int]:  # copies to the card, beside kernels
     "Count the copies that run while a kernel of another stream does."
-    span = lambda e: (e["ts"], e["ts"] + e.get("dur", 0), e["args"].get("stream"))
-    kernels = sorted(span(e) for e in events if e.get("cat") == "kernel")
-    copies = [
-        span(e)
-        for e in events
-        if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"] and "inned" in e["name"]
-    ]
-    together = lambda a, b: a[0] < b[1] and b[0] < a[1] and a[2] != b[2]
-    return len(copies), sum(any(together(c, k) for k in kernels) for c in copies)
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"]]
+    copies = [e for e in copies if "Pinned" in e["name"]]
+    beside = [copy for copy in copies if any(together(copy, k) for k in kernels)]
+    return len(copies), len(beside)
+
+
+def together(a: dict, b: dict) -> bool:
+    "Tell whether two events of different streams overlap in time."
+    if a["args"].get("stream") == b["args"].get("stream"):
+        return False
+    return a["ts"] < b["ts"] + b["dur"] and b["ts"] < a["ts"] + a["dur"]
