@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -263,10 +264,9 @@ def prepare(tiny: bool) -> str:  # complaint
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        import gpu_sections.tools
-
+        import_module("gpu_sections.tools")
         if tiny:
-            import torch._dynamo  # noqa: F401
+            import_module("torch._dynamo")
     except ImportError as error:
         return f"cannot start: {lacking(error)}"
     return ""

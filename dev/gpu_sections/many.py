@@ -24,7 +24,6 @@ from gpu_sections.tools import (
     require_memory,
     seconds_of,
     watched,
-    without_crate,
     worst,
 )
 from nanochat.accounting import training_memory
@@ -51,7 +50,6 @@ def nccl(scale: Scale, report: Report) -> None:
     report.kernels = found.pop("kernels")
     report.note(**found)
     report.check("weights, away from a step without a group", found["differ"], 1e-4)
-    without_crate()
     counted = collectives(scale, report)
     rank_of_eight(scale, report)
     report.key = f"{found['backend']}; rank 0 of {WORLD}: peak "

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from gpu_sections.tools import Report, Scale, Skip
+from gpu_sections.tools import Report, Scale, Skip, require_crate
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "dev" / "records" / "gpu_baseline.json"
@@ -47,6 +47,7 @@ def spread(values: list[float]) -> float:
 
 def same_training(scale: Scale, report: Report) -> None:
     "Train the CPU preset's model in bf16: does it learn as much as on the CPU?"
+    require_crate()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if scale.tiny:  # a stand-in for the record: two seeds in float32

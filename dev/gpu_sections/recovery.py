@@ -16,7 +16,6 @@ from gpu_sections.tools import (
     error,
     exact_products,
     random_batch,
-    without_crate,
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import OptimConfig, Optimizers, setup_optimizer
@@ -53,7 +52,6 @@ def moved(model: GPT, start: dict[str, Tensor]) -> Tensor:
 
 def checkpoint(scale: Scale, report: Report) -> None:
     "Continue a checkpoint of the card on the card and on the CPU; all must agree."
-    without_crate()
     from nanochat import checkpoint
 
     with tempfile.TemporaryDirectory() as name, exact_products():
@@ -84,7 +82,6 @@ LAST, EVERY = 12, 3  # steps of the run, steps between checkpoints
 
 def be_killed(folder: Path, scale: Scale) -> None:
     "Be a run that saves every few steps and continues where the last checkpoint is."
-    without_crate()
     from nanochat import checkpoint
 
     checkpoint.use_deterministic()
