@@ -82,6 +82,7 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
         late = process.is_alive()
     finally:
         end(process)
+    # What the section wrote down counts, however it ended.
     file, log = folder / f"{name}.json", folder / f"{name}.log"
     found = json.loads(file.read_text()) if file.exists() else {}
     found = {"status": "failed", "why": "", "key": "", "kernels": []} | found
@@ -115,15 +116,16 @@ def find_device(tiny: bool, folder: Path) -> tuple[dict, str]:  # facts, how to 
 
 def commit() -> str:
     "Name the commit, if this is a git checkout; else what NANOCHAT_COMMIT says."
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    told = (
-        subprocess.run(git, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
-    return (told.stdout.strip() if told else "") or os.environ.get(
-        "NANOCHAT_COMMIT", ""
-    )
+    if not shutil.which("git"):
+        return os.environ.get("NANOCHAT_COMMIT", "")
+    git = ["git", "-C", str(ROOT)]
+    head = [*git, "rev-parse", "--short", "HEAD"]
+    told = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    # A record that a run has written is no change of the code that it measures.
+    changed = [*git, "status", "--porcelain", "-uno", ".", ":!dev/records"]
+    dirty = subprocess.run(changed, capture_output=True, text=True).stdout.strip()
+    told += "-dirty" if told and dirty else ""
+    return told or os.environ.get("NANOCHAT_COMMIT", "")
 
 
 def write(record: dict, file: Path | None) -> None:
@@ -224,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small models, on the CPU")
     parser.add_argument("--record", type=Path, help="JSON file for the results")
     options = parser.parse_args(argv)
-    if options.record is None and not options.tiny:
+    if options.record is None and not options.tiny:  # which must not pass for a card's
         options.record = RECORD
     return options
 
@@ -246,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:  # exit code
     if missing := prepare(options.tiny):
         print(missing, file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # An empty cache, so that the time of compiling is that of a fresh machine.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         record = run_all(names, options, Path(folder), started)
@@ -273,4 +275,7 @@ def prepare(tiny: bool) -> str:  # complaint
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the record has the sections that had ended")

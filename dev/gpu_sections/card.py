@@ -25,7 +25,7 @@ def device(scale: Scale, report: Report) -> None:
         device["memory_gib"] = round(facts.total_memory / GIB, 1)
         device["capability"] = f"{facts.major}.{facts.minor}"
         device["cuda"], device["driver"] = torch.version.cuda, driver_version()
-        torch.ones(1, device="cuda").item()
+        torch.ones(1, device="cuda").item()  # a card that cannot even this says so here
     report.note(device=device, environment=environment())
 
 

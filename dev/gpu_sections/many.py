@@ -40,6 +40,7 @@ NVLINK = 450e9  # bytes per second that an H100 SXM can send to the others (data
 def nccl(scale: Scale, report: Report) -> None:
     "Take a step under torchrun with NCCL, then be rank 0 of 8 without the others."
     with tempfile.TemporaryDirectory() as folder:
+        # torchrun, as on eight cards; this file is what it starts.
         out = Path(folder) / "rank.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=1", __file__, str(out), str(int(scale.tiny))]

@@ -22,6 +22,7 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
     from nanochat.plan import BaseConfig
     from scripts import base_train, tok_train
 
+    # The preset's numbers are text; the config's defaults know their types.
     read = read_preset("base_train", "cpu")
     options = {k: type(getattr(BaseConfig, k))(v) for k, v in read.items()}
     options |= dict(num_iterations=STEPS, eval_every=-1, save_every=-1)

@@ -112,6 +112,7 @@ def resume(scale: Scale, report: Report) -> None:
         alone, killed = Path(name) / "alone", Path(name) / "killed"
         whole, victim = start(alone, scale), start(killed, scale)
         mark = killed / f"step_{2 * EVERY:06d}"
+        # The mark appears when a checkpoint is whole; the next steps are lost.
         while victim.is_alive() and not mark.is_dir():
             time.sleep(0.005)
         victim.kill()

@@ -76,6 +76,7 @@ def plain_attention(model: GPT, i: int, x: Tensor, extra: Tensor | None) -> Tens
     cos, sin = model.cos[:T], model.sin[:T]
     q, k = (norm(apply_rotary(t, cos, sin), c.norm_eps) for t in (q, k))
     k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, 2) for t in (k, v))
+    # A mask of all pairs, which every kernel of PyTorch takes for its windows too.
     mask = visible(torch.arange(T, device=x.device)[None], T, c.window(i))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
@@ -114,6 +115,7 @@ def model(scale: Scale, report: Report) -> None:
         ids = random_ids(config, 4, config.sequence_len + 1)
         reference = random_model(config, torch.device("cpu"))
         ours = random_model(config, scale.device)
+        # Rounded products would hide a mistake of a thousandth.
         with exact_products(), torch.no_grad():
             wanted, found = reference(ids[:, :-1]), ours(ids[:, :-1].to(scale.device))
         report.check(f"{name}: logits, fp32", error(found, wanted), FP32)
@@ -234,7 +236,7 @@ def head(scale: Scale, report: Report) -> None:
             SLACK * error(theirs[part], right), 1e-3 if part == "loss" else 5e-3
         )
         report.check(f"{part}, bf16", error(found[part], right), bound)
-    del wanted, found, theirs
+    del wanted, found, theirs  # gigabytes, which the peaks below would count
     for name, f in {"chunked": chunked_head, "plain": plain_head}.items():
         step = partial(derive, f, x, w, targets)
         report.note(**{f"{name} seconds": seconds_of(step, scale, 5, 2)})

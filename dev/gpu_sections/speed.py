@@ -245,7 +245,7 @@ def loss_alone(trainer: Trainer) -> Callable:
         call(x, weight, trainer.batch.targets).backward()
         x.grad = None
 
-    for _ in range(3):
+    for _ in range(3):  # compiles
         step()
     wait(trainer.scale)
     return step
@@ -385,7 +385,7 @@ def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
         (text[at : at + size].view(rows, T), text[at + 1 : at + 1 + size].view(rows, T))
         for at in range(0, (steps + 4) * size, size)
     ]
-    for step, (x, y) in enumerate(pairs[:steps]):
+    for step, (x, y) in enumerate(pairs[:steps]):  # the rate falls in the second half
         model(x, y).backward()
         optimizer.step(min(1.0, 2 * (1 - step / steps)), 0.95)
         optimizer.zero_grad()

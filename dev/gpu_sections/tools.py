@@ -222,7 +222,7 @@ def wait(scale: Scale) -> None:
 
 def seconds_of(f: Callable, scale: Scale, repeat: int = 10, warm: int = 3) -> float:
     "Return the median time of a call: between events on a card, by the clock on a CPU."
-    for _ in range(warm):
+    for _ in range(warm):  # loads modules, chooses kernels, fills caches
         f()
     wait(scale)
     if scale.device.type != "cuda":

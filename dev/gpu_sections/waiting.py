@@ -63,6 +63,7 @@ def syncs(scale: Scale, report: Report) -> None:
     optimizer, batches = setup_optimizer(model), prefetch(stream(model, scale))
     for _ in range(2):
         step(model, optimizer, batches, scale, "default")
+    # "warn" tells of every place, "error" of the first, but of that with certainty.
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         step(model, optimizer, batches, scale, "warn")
