@@ -1,0 +1,38 @@
+"""Which card this is: the first thing that runs."""
+
+import shutil
+import subprocess
+
+import torch
+
+from gpu_sections.tools import GIB, Report, Scale, this_gpu
+from nanochat.common import environment
+
+
+def device(scale: Scale, report: Report) -> None:
+    "Describe the card, and wake it up."
+    if not scale.tiny and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        report.note(
+            missing=f"PyTorch {torch.__version__}, built for {built}, sees none"
+        )
+        return
+    device = {"name": "CPU", "memory_gib": None, "driver": "", "cuda": ""}
+    device |= {"capability": "", "key": None}
+    if not scale.tiny:
+        facts = torch.cuda.get_device_properties(0)
+        device["name"], device["key"] = facts.name, this_gpu()[0]
+        device["memory_gib"] = round(facts.total_memory / GIB, 1)
+        device["capability"] = f"{facts.major}.{facts.minor}"
+        device["cuda"], device["driver"] = torch.version.cuda, driver_version()
+        torch.ones(1, device="cuda").item()  # a card that cannot even this says so here
+    report.note(device=device, environment=environment())
+
+
+def driver_version() -> str:
+    "Ask the driver for its version."
+    if not shutil.which("nvidia-smi"):
+        return ""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+    return told.stdout.split("\n")[0].strip()

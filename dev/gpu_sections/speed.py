@@ -1,0 +1,394 @@
+"""How fast is training? The ceilings, depth 20 as it ships, each lever alone, fp8, the parts."""
+
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
+
+import torch
+
+from gpu_sections.optimizing import BYTES, read_bytes
+from gpu_sections.tools import (
+    GIB,
+    Report,
+    Scale,
+    Skip,
+    clean,
+    depth_20,
+    elapsed,
+    large_model,
+    names,
+    peak_of,
+    random_batch,
+    require_bf16,
+    require_memory,
+    seconds_of,
+    this_gpu,
+    wait,
+    watched,
+)
+from nanochat import head
+from nanochat.accounting import flops_per_token, training_memory
+from nanochat.functional import nats_to_bits
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import setup_optimizer
+from nanochat.train import accumulate
+
+TOKENS = 524_288  # of an optimizer step
+PARTS = {  # of a step: words in the names of kernels (on a CPU: of operators)
+    "attention": "flash fmha sdpa attention attend".split(),
+    "matrix products": "gemm nvjet cutlass cublas xmma splitk _mm ::mm ::bmm".split(),
+}
+
+
+# ---- The two ceilings
+
+
+def copy_rate(scale: Scale) -> float:  # bytes read and written per second
+    "Measure how fast the memory is, with a copy far larger than the cache."
+    a = torch.randn(scale.pick(2**28, 2**18), device=scale.device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds_of(lambda: b.copy_(a), scale, 20, 3)
+
+
+def product_rate(scale: Scale) -> float:  # operations per second
+    "Measure a large square product in bf16, of random numbers."
+    n = scale.pick(8192, 256)
+    a = torch.randn(n, n, device=scale.device, dtype=torch.bfloat16)
+    b = torch.randn(n, n, device=scale.device, dtype=torch.bfloat16)
+    return 2 * n**3 / seconds_of(lambda: a @ b, scale, 20, 5)
+
+
+def bandwidth(scale: Scale, report: Report) -> None:
+    "Measure the ceilings that every other figure is a share of."
+    require_bf16(scale)
+    flops, copied = product_rate(scale), copy_rate(scale)
+    report.note(product_flops=flops, copy_bytes_per_second=copied)
+    if gpu := this_gpu()[1]:
+        report.note(product_share=flops / gpu.peak, copy_share=copied / gpu.bandwidth)
+    report.key = f"{flops / 1e12:,.0f}e12 operations/s, {copied / 1e12:.2f} TB/s"
+
+
+# ---- A training step
+
+
+class Trainer:
+    "A model, its compiled form and its optimizer, on one micro-batch of random tokens."
+
+    def __init__(
+        self,
+        scale: Scale,
+        rows: int,
+        layers: int = 20,
+        *,
+        mode: str | None = None,  # of torch.compile
+        wrap: Callable | None = None,  # function(model), before it is compiled
+        guard: bool = False,  # compile as the stages do, with the guard's seconds
+    ):
+        from nanochat.compiling import compile_model
+
+        torch.set_float32_matmul_precision("high")  # as the stages do on a GPU
+        self.scale, self.rows = scale, rows
+        self.config = depth_20(scale, layers)
+        self.model = large_model(self.config, scale)
+        if wrap:
+            wrap(self.model)
+        options = {"mode": mode, "backend": scale.backend}
+        if guard:
+            self.call = compile_model(self.model, **options)
+        else:
+            self.call = torch.compile(self.model, dynamic=False, **options)
+        self.optimizer = setup_optimizer(self.model)
+        self.batch = random_batch(self.config, rows, scale)
+        self.tokens = self.batch.inputs.numel()
+        self.micro = max(2, scale.pick(TOKENS, 256) // self.tokens)  # of a step
+
+    def passes(self, times: int = 1) -> None:
+        "Run forward and backward, as the loop does."
+        accumulate(self.call, [self.batch] * times)
+
+    def update(self) -> None:
+        "Take the optimizer's step; the gradients stay."
+        self.optimizer.grad_norm()
+        self.optimizer.step(1.0, 0.95)
+
+    def step(self) -> None:
+        "Take a whole step."
+        self.optimizer.zero_grad()
+        self.passes(self.micro)
+        self.update()
+
+    def close(self) -> None:
+        "Give the memory back."
+        self.model = self.call = self.optimizer = self.batch = None
+        clean(self.scale)
+
+
+def counted_bytes(scale: Scale, rows: int, layers: int = 20) -> int:
+    "Count the memory of a step with several micro-batches."
+    config = depth_20(scale, layers)
+    return training_memory(config, rows, 2, 1, micro_batches=2)["total"]
+
+
+def training(scale: Scale, report: Report) -> None:
+    "Measure a step of 524,288 tokens at depth 20, compiled, with 16 rows at a time."
+    row = with_rows(scale.pick(16, 2), scale, report)
+    off = abs(row["peak_bytes"] / row["counted_bytes"] - 1)
+    report.goal("tokens per second", row["tokens_per_second"], 150_000)
+    report.goal("optimizer's share of a step", row["optimizer_share"], 0.05, most=True)
+    report.goal("peak memory, away from the count", off, 0.05, most=True)
+    report.goal("compile seconds", row["compile_seconds"], 90, most=True)
+
+
+def training_32(scale: Scale, report: Report) -> None:
+    "Measure the same with 32 rows at a time, where they fit."
+    row = with_rows(scale.pick(32, 4), scale, report)
+    report.goal("tokens per second", row["tokens_per_second"], 150_000)
+
+
+def with_rows(rows: int, scale: Scale, report: Report) -> dict:  # the figures
+    "Take the figures of depth 20 with so many rows in a micro-batch."
+    require_bf16(scale)
+    require_memory(scale, counted_bytes(scale, rows), f"depth 20, {rows} rows")
+    row = measure(Trainer(scale, rows, guard=True), report)
+    report.note(**row)
+    share = f", {row['mfu']:.1%} of the peak" if row["mfu"] else ""
+    report.key = f"{row['tokens_per_second']:,.0f} tokens/s{share}, "
+    report.key += f"{row['peak_bytes'] / GIB:.1f} GiB"
+    return row
+
+
+def measure(trainer: Trainer, report: Report) -> dict:
+    "Take the figures of a step, from the first pass that compiles on."
+    scale, config = trainer.scale, trainer.config
+    first = elapsed(trainer.passes, scale)
+    again = statistics.median(elapsed(trainer.passes, scale) for _ in range(3))
+    trainer.update()  # its buffers exist from here on
+    peak = peak_of(lambda: (trainer.passes(2), trainer.update()), scale)
+    updates = [elapsed(trainer.update, scale) for _ in range(3)]
+    seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
+    rate, gpu = trainer.micro * trainer.tokens / seconds, this_gpu()[1]
+    report.kernels = names(watched(trainer.passes, scale), 16)
+    row = {
+        "depth": config.n_layer,
+        "sequence_len": config.sequence_len,
+        "vocab_size": config.vocab_size,
+        "device_batch_size": trainer.rows,
+        "tokens_per_second": rate,
+        "mfu": rate * flops_per_token(config) / gpu.peak if gpu else None,
+        "peak_bytes": peak,
+        "counted_bytes": counted_bytes(scale, trainer.rows),
+        "compile_seconds": first - again,
+        "micro_seconds": again,
+        "step_seconds": seconds,
+        "optimizer_seconds": statistics.median(updates),
+        "optimizer_share": statistics.median(updates) / seconds,
+    }
+    trainer.close()
+    return row
+
+
+# ---- Where the time goes
+
+
+def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> seconds
+    "Add up kernels by what their names say; what they do not say is element-wise work."
+    parts = dict.fromkeys([*PARTS, "element-wise"], 0.0)
+    for kernel, seconds in spent.items():
+        words = kernel.lower()
+        found = [part for part, keys in PARTS.items() if any(k in words for k in keys)]
+        parts[found[0] if found else "element-wise"] += seconds
+    return parts
+
+
+def profile(scale: Scale, report: Report) -> None:
+    "Divide a step of 524,288 tokens into parts, by the names of its kernels."
+    require_bf16(scale)
+    rows = scale.pick(16, 2)
+    require_memory(scale, counted_bytes(scale, rows), f"depth 20, {rows} rows")
+    trainer = Trainer(scale, rows)
+    for _ in range(3):
+        trainer.passes()
+        trainer.update()
+    model, loss = watched(trainer.passes, scale), watched(loss_alone(trainer), scale)
+    update = watched(trainer.update, scale)
+    seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
+    # The loss has the same kinds of kernels as the rest: it is measured alone and taken off.
+    whole, last = sort_kernels(model), sort_kernels(loss)
+    micro = trainer.micro
+    parts = {k: micro * max(0.0, whole[k] - last[k]) for k in whole}
+    parts |= {"loss": micro * sum(loss.values()), "optimizer": sum(update.values())}
+    parts["idle"] = max(0.0, seconds - sum(parts.values()))
+    report.note(parts=parts, step_seconds=seconds, device_batch_size=rows)
+    longest = {"model": model, "loss": loss, "optimizer": update}
+    report.note(longest={k: dict(list(v.items())[:25]) for k, v in longest.items()})
+    report.kernels = names(model)
+    top = sorted(parts.items(), key=lambda pair: -pair[1])[:4]
+    report.key = ", ".join(f"{name} {s / seconds:.0%}" for name, s in top)
+    trainer.close()
+
+
+def loss_alone(trainer: Trainer) -> Callable:
+    "Return a function that runs head and loss of a micro-batch, with its gradients."
+    weight, c = trainer.model.lm_head.weight, trainer.config
+    shape = *trainer.batch.inputs.shape, c.n_embd
+    x = torch.randn(shape, device=weight.device, dtype=torch.bfloat16)
+    x.requires_grad_()
+
+    def f(x, weight, targets):
+        return head.linear_cross_entropy(x, weight, targets, c.softcap, "mean")
+
+    call = torch.compile(f, dynamic=False, backend=trainer.scale.backend)
+
+    def step() -> None:
+        call(x, weight, trainer.batch.targets).backward()
+        x.grad = None
+
+    for _ in range(3):  # compiles
+        step()
+    wait(trainer.scale)
+    return step
+
+
+# ---- Levers
+
+
+def levers(scale: Scale, report: Report) -> None:
+    "Change one thing at a time on four layers of depth 20, and time a step of each."
+    require_bf16(scale)
+    report.note(rows=[], layers=scale.pick(4, 1))
+    for rows in scale.pick((16, 32), (2, 4)):
+        lever(f"{rows} rows", scale, report, batch=rows)
+    for name, change in attention_levers(scale, report).items():
+        lever(f"attention {name}", scale, report, wrap=change)
+    for power in scale.pick((26, 27, 29, 30), (10,)):
+        with patch.dict(head.CHUNK, {scale.device.type: 2**power}):
+            lever(f"2^{power} logits at a time", scale, report)
+    lever("garbage collection", scale, report, quiet=False)
+    mode = scale.pick("max-autotune-no-cudagraphs", "default")  # takes a minute or more
+    lever(f"compile mode {mode}", scale, report, mode=mode)
+    rows = [row for row in report.figures["rows"] if row["tokens_per_second"]]
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    gain = best["tokens_per_second"] / rows[0]["tokens_per_second"]
+    report.key = f"best of {len(rows)}: {best['lever']}, {gain:.2f} x the first"
+
+
+def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
+    "Return for each kernel that can run what makes a model use it; note the others."
+    from nanochat.attention import KERNELS, kernel_works, set_kernel
+
+    found = {}
+    for name in KERNELS:
+        if name in ("twin", "blocks", "mask"):
+            continue  # for reading, for a CPU, and for ragged rows
+        if why := kernel_works(name, scale.device):
+            add_lever(f"attention {name}", {"note": f"cannot run: {why}"}, report)
+        else:
+            found[name] = partial(set_kernel, name=name)
+    return found
+
+
+def add_lever(name: str, found: dict, report: Report) -> None:
+    "Keep a row; what was not measured is null."
+    row = {"lever": name, "tokens_per_second": None, "peak_bytes": None, "note": ""}
+    report.note(rows=[*report.figures["rows"], row | found])
+
+
+def lever(
+    name: str,
+    scale: Scale,
+    report: Report,
+    batch: int = 0,  # rows; 0: 16
+    *,
+    quiet: bool = True,  # no garbage collection, as in the loop
+    **change,  # of the Trainer
+) -> None:
+    "Time some layers of depth 20 with one change; a failure is a row as well."
+    from nanochat.train import quiet_gc
+
+    if scale.left() < scale.pick(20, 0):
+        return add_lever(name, {"note": "no time left"}, report)
+    batch, found = batch or scale.pick(16, 2), {}
+    try:
+        with quiet_gc() if quiet else nullcontext():
+            trainer = Trainer(scale, batch, report.figures["layers"], **change)
+            trainer.micro = 2
+            first = elapsed(trainer.step, scale)
+            found["peak_bytes"] = peak_of(trainer.step, scale)
+            times = [elapsed(trainer.step, scale) for _ in range(scale.pick(8, 2))]
+        found["tokens_per_second"] = 2 * trainer.tokens / statistics.median(times)
+        found["note"] = f"compile {first:.0f} s; {min(times):.4f} to {max(times):.4f} s"
+    except (RuntimeError, ValueError) as error:
+        found["note"] = str(error).strip().split("\n")[0][:200]
+    trainer = None  # before the memory is asked for again
+    clean(scale)
+    add_lever(name, found, report)
+
+
+# ---- fp8
+
+
+def fp8(scale: Scale, report: Report) -> None:
+    "Compare fp8 with bf16: speed at depth 20, and what a small model learns."
+    from nanochat.fp8 import fp8_works, use_fp8
+
+    require_bf16(scale)
+    if (why := fp8_works(scale.device)) and not scale.tiny:
+        raise Skip(why)  # a CPU has an emulation with the same arithmetic
+    # Compiling all twenty layers twice takes long: with little time, six must do.
+    layers = 20 if scale.left() > 150 else 6
+    require_memory(scale, counted_bytes(scale, scale.pick(16, 2), layers), "fp8")
+    rates = {name: rate(layers, w, scale, report) for name, w in ways(use_fp8).items()}
+    ratio = rates["fp8"] / rates["bf16"]
+    report.note(tokens_per_second=rates["fp8"], bf16_tokens_per_second=rates["bf16"])
+    report.note(ratio=ratio, layers=layers)
+    report.key = f"{ratio:.2f} x bf16 with {layers} layers"
+    for name, wrap in ways(use_fp8).items():
+        report.note(**{f"bpb_{name}": bits_after(200, wrap, scale)})
+    report.note(bpb_other_seed=bits_after(200, None, scale, seed=1))
+    away = abs(report.figures["bpb_fp8"] - report.figures["bpb_bf16"])
+    report.key += f", {away:.4f} bits per byte away after 200 steps"
+    report.goal("fp8 over bf16", ratio, 1.10)
+    report.goal("bits per byte, away from bf16", away, 0.002, most=True)
+
+
+def ways(use_fp8: Callable) -> dict[str, Callable | None]:
+    "Return what is done to a model in each case."
+    return {"bf16": None, "fp8": use_fp8}
+
+
+def rate(layers: int, wrap, scale: Scale, report: Report) -> float:
+    "Return tokens per second of forward and backward passes."
+    trainer = Trainer(scale, scale.pick(16, 2), layers, wrap=wrap)
+    for _ in range(3):
+        trainer.passes(2)
+    times = [elapsed(lambda: trainer.passes(2), scale) for _ in range(scale.pick(8, 2))]
+    found = 2 * trainer.tokens / statistics.median(times)
+    report.kernels = names(watched(trainer.passes, scale))
+    trainer.close()
+    return found
+
+
+def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
+    "Train on the bytes of the embedded corpus; return bits per byte on those that follow."
+    steps, T, rows = scale.pick((steps, 512, 32), (5, 32, 4))
+    width, layers = scale.pick((512, 6), (64, 1))
+    config = GPTConfig(T, BYTES, layers, width // 64, width // 64, width)
+    model = GPT(config, torch.bfloat16).to(scale.device)
+    model.init_weights(seed)
+    if wrap:
+        wrap(model)
+    optimizer, size = setup_optimizer(model), rows * T
+    text = read_bytes((steps + 4) * size + 1).to(scale.device)
+    pairs = [
+        (text[at : at + size].view(rows, T), text[at + 1 : at + 1 + size].view(rows, T))
+        for at in range(0, (steps + 4) * size, size)
+    ]
+    for step, (x, y) in enumerate(pairs[:steps]):  # the rate falls in the second half
+        model(x, y).backward()
+        optimizer.step(min(1.0, 2 * (1 - step / steps)), 0.95)
+        optimizer.zero_grad()
+    with torch.no_grad():
+        losses = [model(x, y).item() for x, y in pairs[steps:]]
+    return nats_to_bits(statistics.mean(losses))
