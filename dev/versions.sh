@@ -19,19 +19,15 @@ tests=("$@")
     tests/test_plan.py tests/test_gpu.py
 )
 
-# The same pins as everywhere, except for PyTorch and what belongs to it.
-pins=$(mktemp)
-trap 'rm -f "$pins"' EXIT
-grep -vE '^(torch|triton|setuptools|nvidia-|cuda-)' requirements/constraints.txt >"$pins"
-
 python=${PYTHON:-$PWD/.venv/bin/python}
 folder=.venv-torch-$version-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stamp=$folder/.stamp
 key=$(cat pyproject.toml requirements/*.txt dev/versions.sh rustbpe/src/*.rs | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
     [ -x "$folder/bin/python" ] || uv venv -q --python "$python" "$folder"
-    uv pip install -q --python "$folder/bin/python" --constraint "$pins" \
-        "torch==$version" -e ".[dev]"
+    # The same pins as everywhere, but for those that belong to one PyTorch.
+    uv pip install -q --python "$folder/bin/python" \
+        --constraint requirements/constraints.txt "torch==$version" -e ".[dev]"
     echo "$key" >"$stamp"
 fi
 "$folder/bin/python" -c 'import sys, torch
