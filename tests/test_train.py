@@ -375,7 +375,7 @@ def test_streams_do_not_depend_on_ranks(tokenizer, monkeypatch):
 def test_resume_equals_uninterrupted_bit_for_bit(base_dir, tiny, monkeypatch):
     main(BaseConfig(**tiny, tag="whole"))
     reference = losses(base_dir)
-    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: True)
+    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: torch.ones(()))
     for _ in range(2):  # stops after every step it takes; also a second resume
         with pytest.raises(KeyboardInterrupt):
             main(BaseConfig(**tiny, tag="parts"))
