@@ -9,7 +9,6 @@ __all__ = ['accumulate', 'StopSignal', 'Run', 'evaluate_due', 'speed', 'keep_sco
 import gc
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
