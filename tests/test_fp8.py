@@ -39,7 +39,9 @@ def model_of(config: GPTConfig = SHAPE, dtype=torch.float32) -> GPT:
     model = GPT(config, dtype)
     for i, weight in enumerate(model.parameters()):
         torch.nn.init.normal_(
-            weight, std=weight.size(-1) ** -0.5, generator=torch.Generator().manual_seed(i)
+            weight,
+            std=weight.size(-1) ** -0.5,
+            generator=torch.Generator().manual_seed(i),
         )
     return model
 
@@ -94,9 +96,13 @@ def test_a_layer_and_its_gradients_with_both_products(dtype):
         layer.__class__ = Float8Linear
         with mock.patch.dict(PRODUCTS, table):
             y = layer(x)
-            (dx, dw) = torch.autograd.grad((y * numbers(96, seed=2)).sum(), [x, layer.weight])
+            (dx, dw) = torch.autograd.grad(
+                (y * numbers(96, seed=2)).sum(), [x, layer.weight]
+            )
         assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, torch.float32)
-        want = torch.autograd.grad((plain * numbers(96, seed=2)).sum(), [x, layer.weight])
+        want = torch.autograd.grad(
+            (plain * numbers(96, seed=2)).sum(), [x, layer.weight]
+        )
         for got, exact in zip((y, dx, dw), (plain, *want)):
             assert 0.001 < off(got, exact) < 0.12
         results[name] = y, dx, dw
@@ -214,7 +220,12 @@ def test_which_devices_can(monkeypatch):
     assert "the device is cpu" in fp8_works(torch.device("cpu"))
     capability = {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability["is"])
-    for found, works in (((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)):
+    for found, works in (
+        ((8, 0), False),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), True),
+    ):
         capability["is"] = found
         assert (fp8_works(Card()) == "") == works
     capability["is"] = 9, 0
@@ -226,7 +237,7 @@ def test_which_devices_can(monkeypatch):
 def test_it_is_an_option_that_older_runs_did_not_have(kind):
     assert "fp8" not in weight_settings(kind())
     assert weight_settings(kind(fp8=True))["fp8"] is True
-    with pytest.raises(UserError, match="--fp8 needs .* leave --fp8 out"):
+    with pytest.raises(UserError, match=r"--fp8 needs .* leave --fp8 out"):
         begin(kind(fp8=True, device="cpu"))
 
 
