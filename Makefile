@@ -49,10 +49,15 @@ bench: setup ## measure tokenizer crate and model, alone and against their peers
 data: setup ## make nanochat/data again from its public sources (550 MB)
 	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages
 
-lock: setup ## pin the newest versions in requirements/constraints.txt
+# What belongs to one version of PyTorch is pinned apart, so that another can be had.
+OF_TORCH := ^(torch==|triton==|setuptools==|nvidia-|cuda-)
+
+lock: setup ## pin the newest versions in requirements/*.txt
 	uv pip compile -q --upgrade --universal --python-version 3.10 --no-header \
 	  --no-annotate --extra dev --extra book --extra data --extra trackers \
 	  -o requirements/constraints.txt pyproject.toml requirements/tools.in
+	grep -E '$(OF_TORCH)' requirements/constraints.txt >requirements/torch.txt
+	sed -i -E '/$(OF_TORCH)/d' requirements/constraints.txt
 
 clean: ## remove what was built; notebooks, package and .venv stay
 	rm -rf $(BUILD) rustbpe/target .pytest_cache .ruff_cache .hypothesis

@@ -135,7 +135,8 @@ compgen -G "$venv/lib/python3*/site-packages/torch" >/dev/null \
 say "installing nanochat$extras$size"
 install() {
     "$python" -m uv pip install --python "$python" -q "$@" \
-        --constraint requirements/constraints.txt -e ".$extras"
+        --constraint requirements/constraints.txt --constraint requirements/torch.txt \
+        -e ".$extras"
 }
 # Without a network the second attempt is content with what was downloaded before.
 install || { say "trying again without the network" && install --offline; }

@@ -95,22 +95,35 @@ def kept_weights(
 def activation_memory(
     config,  # GPTConfig
     device_batch_size: int,  # B
-    value_bytes: int = 2,  # of the stream: bfloat16 on a GPU 2, float32 on a CPU 4
+    value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
+    *,
+    device_type: str = "",  # "cuda" or "cpu"; empty: cpu for float32, else cuda
 ) -> int:  # bytes
     "Count what a forward pass keeps for the backward pass, the head left out."
-    c, T, e = config, config.sequence_len, value_bytes
-    share, layers = c.kv_dim / c.n_embd, range(c.n_layer)
-    per_layer = 4 + 2 * share + c.mlp_ratio + c.stream_scalars
-    tables = sum(map(c.has_values, layers))
-    numbers = (c.n_layer * per_layer + tables * share + 3) * c.n_embd
-    small = 4 * c.n_layer * (c.n_head + c.n_kv_head + 2) + 16  # one per vector
-    rows, counts = device_batch_size * T * (e * numbers + small), parameter_counts(c)
-    if e == 4:  # the weights of attention; nothing is cast
-        return round(rows) + 4 * device_batch_size * c.n_head * kept_weights(c)
-    sums = 4 * device_batch_size * T * c.n_layer * c.n_head
-    masks = 4 * T * T * sum(c.window(layer) > 0 for layer in layers)
-    casts = e * sum(counts[m] for m in ("attention", "mlp", "gates"))
-    return round(rows) + sums + masks + casts
+    c, T, layers = config, config.sequence_len, range(config.n_layer)
+    device = device_type or ("cpu" if value_bytes == 4 else "cuda")
+    positions = device_batch_size * T
+    # Vectors of C numbers in the stream's dtype, for one position: the table's three
+    # lines, and with stream scalars the first stream, which every layer adds again.
+    share = c.kv_dim / c.n_embd  # keys and values may be narrower
+    each_layer = 3 + (1 + 2 * share) + c.mlp_ratio + c.stream_scalars
+    # The norms after the embedding and before the head, and the head's gradient.
+    ends = 3 + share * sum(c.has_values(layer) for layer in layers)
+    vectors = c.n_layer * each_layer + ends
+    # One float32 length for each normalised vector: queries, keys, and two streams of a
+    # layer, two more at the ends; and the ids, of 8 bytes.
+    small = 4 * c.n_layer * (c.n_head + c.n_kv_head + 2) + 4 * 2 + 8
+    total = positions * (value_bytes * c.n_embd * vectors + small)
+    if device == "cpu" and value_bytes == 4:  # attention in blocks keeps its weights
+        return round(total) + 4 * device_batch_size * c.n_head * kept_weights(c)
+    # A fused kernel keeps one float32 sum for each query and head instead.
+    total += 4 * positions * c.n_layer * c.n_head
+    # Mask and bias of a window, for kernels that know windows in no other way.
+    total += 4 * T * T * sum(c.window(layer) > 0 for layer in layers)
+    if value_bytes < 4:  # copies of the float32 matrices in the stream's dtype
+        counts = parameter_counts(c)
+        total += value_bytes * sum(counts[m] for m in ("attention", "mlp", "gates"))
+    return round(total)
 
 # %% ../nbs/04_transformer_architecture.ipynb #9abc4464
 def training_memory(
@@ -119,26 +132,41 @@ def training_memory(
     value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
     world_size: int = 1,  # ranks that share the optimizer state
     micro_batches: int = 1,  # whose gradients are summed
+    *,
+    device_type: str = "",  # "cuda" or "cpu"; empty: cpu for float32, else cuda
 ) -> dict[str, int]:  # part -> bytes; "total" is the peak, less than the sum
     "Count the bytes of a training step on one rank, uncompiled."
-    c, counts, fp32 = config, parameter_counts(config), value_bytes == 4
-    positions = device_batch_size * c.sequence_len
+    c, counts, fp32 = config, parameter_counts(config), 4  # bytes of a float32
+    device = device_type or ("cpu" if value_bytes == 4 else "cuda")
+    positions, total = device_batch_size * c.sequence_len, counts["total"]
+    stream = value_bytes * positions * c.n_embd  # one vector for each position
+    head = fp32 * counts["lm_head"]  # the head's gradient
+    # Logits are made in chunks. There are two in float32; from another dtype a third,
+    # the copies before and after.
+    chunk = max(CHUNK.get(device, CHUNK["cuda"]), MIN_ROWS * c.table_rows)
+    chunk = fp32 * min(chunk, positions * c.table_rows)
+    # Muon works on the largest stack of equal matrices, C x C or those of the MLP, and
+    # needs six times its size; less on CUDA, where it iterates in bfloat16.
+    squares = 4 if c.kv_dim == c.n_embd else 2  # square matrices of a layer
+    stack = fp32 * c.n_layer * max(squares, c.mlp_ratio) * c.n_embd**2
+    # The backward pass starts with the head's gradient twice, while it is scaled, or
+    # with three temporaries of an MLP's width where one vector was.
+    widest = max(head, (3 * c.mlp_ratio - 1) * stream)
+    # AdamW keeps two numbers for each weight of the tables, Muon one for the others.
     muon = counts["attention"] + counts["mlp"] + counts["gates"]
-    head, widest = 4 * counts["lm_head"], 2 * c.mlp_ratio - 1
-    chunk = max(CHUNK["cpu" if fp32 else "cuda"], MIN_ROWS * c.table_rows)
-    chunk = min(chunk, positions * c.table_rows)
-    squares = 2 + 2 * (c.kv_dim == c.n_embd)  # matrices of a layer in one stack
-    stack = 4 * c.n_layer * max(squares, c.mlp_ratio) * c.n_embd**2
+    activations = activation_memory(
+        c, device_batch_size, value_bytes, device_type=device
+    )
     parts = {
-        "weights": 4 * counts["total"],
-        "gradients": 4 * counts["total"],
-        "optimizer": 4 * (2 * counts["total"] - muon) // world_size,
-        "activations": activation_memory(c, device_batch_size, value_bytes),
-        "loss": head + (2 if fp32 else 3) * 4 * chunk,
-        "backward": head + max(head, widest * value_bytes * positions * c.n_embd),
-        "update": round(stack * (6 if fp32 else 4.5)),
+        "weights": fp32 * total,
+        "gradients": fp32 * total,
+        "optimizer": fp32 * (2 * total - muon) // world_size,
+        "activations": activations,
+        "loss": head + (2 if value_bytes == 4 else 3) * chunk,
+        "backward": head + widest,
+        "update": round(stack * (4.5 if device == "cuda" else 6)),
     }
     summed = parts["gradients"] if micro_batches > 1 else 0
-    forward = parts["activations"] + summed + max(parts["loss"], parts["backward"])
+    forward = activations + summed + max(parts["loss"], parts["backward"])
     peak = max(forward, parts["gradients"] + parts["update"])
     return parts | {"total": parts["weights"] + parts["optimizer"] + peak}

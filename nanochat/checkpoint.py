@@ -31,7 +31,6 @@ from nanochat.common import (
     write_atomic,
 )
 from .gpt import GPT, GPTConfig
-from .tokenizer import get_tokenizer
 
 # %% ../nbs/06_training_process.ipynb #ad57f9df
 def checkpoint_folder(
@@ -289,6 +288,9 @@ def load_model(
     step: int = -1,
 ):  # model in eval mode, tokenizer, meta
     "Load a trained model with the tokenizer that belongs to it."
+    # Here, so that training can be imported where the tokenizer's crate is missing.
+    from nanochat.tokenizer import get_tokenizer
+
     path = find_checkpoint(source, tag, step)
     meta, tokenizer = read_meta(path, "model*"), get_tokenizer()
     check_tokenizer(meta, tokenizer, path)

@@ -7,7 +7,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.accounting import training_memory
-from nanochat.common import UserError
+from nanochat.common import UserError, compute_dtype
 from nanochat.dataloader import Batch
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
@@ -30,6 +30,15 @@ def size(tensors) -> int:  # bytes
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def stand_in(value):  # an argument of an operator
+    "Put an empty CPU tensor in the place of every tensor."
+    if isinstance(value, torch.Tensor):
+        return torch.empty(0)
+    if isinstance(value, (list, tuple)):
+        return [stand_in(item) for item in value]
+    return value
+
+
 class Collectives(TorchDispatchMode):
     "Count calls and bytes of everything that is sent to other ranks."
 
@@ -43,6 +52,9 @@ class Collectives(TorchDispatchMode):
             calls, moved = self.seen.get(name, (0, 0))
             largest = max((size([t]) for t in tensors_of(args)), default=0)
             self.seen[name] = calls + 1, moved + largest
+            # Old versions of torch have no meta kernel for these. The fake group reads
+            # no tensor, so it may be handed any.
+            args = [stand_in(argument) for argument in args]
         return func(*args, **(kwargs or {}))
 
 
@@ -51,11 +63,13 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     world = config.world
     if dist.is_initialized():
         raise UserError("a dry run stands for all ranks: start it without torchrun")
-    plan = base_plan(config, vocab_size, world)
+    dtype = compute_dtype(torch.device("meta"), config.dtype or "bfloat16")
+    wide = dtype.itemsize
+    plan = base_plan(config, vocab_size, world, wide, device_type="cuda")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         with torch.device("meta"):
-            model = GPT(plan.model, torch.bfloat16)
+            model = GPT(plan.model, dtype)
         if config.fp8:
             use_fp8(model)
         optimizer = setup_optimizer(model, optim_config(config))
@@ -69,8 +83,11 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     finally:
         dist.destroy_process_group()
     states = [s for part in optimizer.parts.values() for s in part.state.values()]
+    rows = config.device_batch_size
+    told = training_memory(plan.model, rows, wide, world, share, device_type="cuda")
     return {
         "plan": plan,
+        "planned": told,
         "micro_batches": share,
         "weights": size(model.parameters()),
         "gradients": gradients,
@@ -82,14 +99,8 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
 def dry_run(config: BaseConfig, vocab_size: int) -> None:
     "Print what rank 0 holds and sends in one step."
     found, gib = walk(config, vocab_size), 2**30
-    plan, world, show = (
-        found["plan"],
-        config.world,
-        Console(highlight=False, soft_wrap=True).print,
-    )
-    told = training_memory(
-        plan.model, config.device_batch_size, 2, world, found["micro_batches"]
-    )
+    plan, told, world = found["plan"], found["planned"], config.world
+    show = Console(highlight=False, soft_wrap=True).print
     show(
         f"rank 0 of {world}: {found['micro_batches']} x {config.device_batch_size} rows "
         f"of {config.max_seq_len} tokens, then one update of {plan.parameters:,} parameters"

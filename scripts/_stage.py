@@ -252,6 +252,7 @@ def run_chat_stage(
         steps,
         world_size=world,
         activation_bytes=wide,
+        device_type=device.type,
     )
     print0(
         f"{stage}: {len(tasks[0]):,} conversations, {steps} steps from {meta['path']}"

@@ -33,7 +33,8 @@ def main(config: BaseConfig) -> None:
     device, tokenizer = begin(config), get_tokenizer()
     world = get_dist_info()[2]
     wide = compute_dtype(device, config.dtype).itemsize
-    plan = base_plan(config, tokenizer.get_vocab_size(), world, wide)
+    vocab, kind = tokenizer.get_vocab_size(), device.type
+    plan = base_plan(config, vocab, world, wide, device_type=kind)
     print0(
         f"{plan.parameters:,} parameters, {plan.num_steps:,} steps of "
         f"{plan.total_batch_size:,} tokens, {plan.flops:.2e} operations, about "

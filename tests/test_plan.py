@@ -7,24 +7,39 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from nanochat.accounting import training_memory
+from nanochat.accounting import (
+    activation_memory,
+    kept_weights,
+    parameter_counts,
+    training_memory,
+)
 from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import (
     GPUS,
+    NVLINK,
     BaseConfig,
     Gpu,
     base_plan,
     check_fits,
     choose_depth,
+    collective_bytes,
+    collective_seconds,
     find_gpu,
+    gpu_key,
+    gpu_record,
     largest_batch,
     make_plan,
+    measured_gpu,
     model_config,
+    peak_memory,
     published_memory,
     training_seconds,
     utilization,
 )
+from nanochat.record import show_record
 from scripts._dry_run import walk
 
 HOURS = [  # card, ranks, depth, vocabulary, design, tokens of the run, hours
@@ -40,6 +55,12 @@ PEAKS = [  # ranks, depth, rows, GiB
     (8, 34, 4, 69.8),
     (1, 20, 8, 29.6),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_record(monkeypatch):
+    "Plan from published runs, whatever has been measured where the tests run."
+    monkeypatch.setenv("NANOCHAT_GPU_RECORD", os.devnull)
 
 
 @pytest.mark.parametrize("card, ranks, depth, vocab, arch, tokens, hours", HOURS)
@@ -63,7 +84,7 @@ def test_hours_of_published_runs(card, ranks, depth, vocab, arch, tokens, hours)
     ],
 )
 def test_a_card_is_known_by_its_name(name, key):
-    assert find_gpu(name) is GPUS.get(key)
+    assert find_gpu(name) is GPUS.get(key) and gpu_key(name) == key
 
 
 @pytest.mark.parametrize("ranks, depth, rows, gib", PEAKS)
@@ -117,6 +138,64 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         check_fits(plan, plan.memory - 1)
 
 
+class Fused(torch.autograd.Function):
+    "What a fused kernel keeps: inputs, output, and one float32 number for each query."
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+
+def kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
+    "Count the storage that autograd keeps in a forward pass on the meta device."
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+        ids = torch.zeros(rows, config.sequence_len, dtype=torch.int64)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(ids, ids)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_activations_are_what_autograd_keeps(monkeypatch, dtype, kv_heads):
+    "On the meta device, with a stand-in for the fused kernel that a GPU has."
+    fused = lambda q, k, v, **options: Fused.apply(q, k, v)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    config, rows = GPTConfig(256, 512, 3, 4, kv_heads, 256), 4
+    told = activation_memory(config, rows, dtype.itemsize, device_type="cuda")
+    head = parameter_counts(config)["lm_head"] * 4  # its gradient is kept as well
+    assert told + head == pytest.approx(kept_bytes(config, rows, dtype), rel=0.03)
+
+
+def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
+    config, sizes = model_config(20, 65_536, 2048), {}
+    for kind in ("cuda", "cpu"):
+        plan = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4, device_type=kind)
+        sizes[kind] = plan.memory
+    half = make_plan(config, 16, 524_288, 1000)
+    assert half.memory < sizes["cuda"] < 0.7 * sizes["cpu"]
+    unsaid = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4)
+    assert unsaid.memory == sizes["cpu"]
+    parts = training_memory(config, 16, 4, device_type="cuda")
+    scores = 4 * 16 * kept_weights(config) * config.n_head
+    on_cpu = activation_memory(config, 16, 4)
+    sums = 4 * 16 * 2048 * 20 * config.n_head
+    assert parts["activations"] == on_cpu - scores + sums
+    assert parts["update"] < training_memory(config, 16, 4)["update"]
+
+
 def ask(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "scripts.plan", *options]
     return subprocess.run(command, capture_output=True, text=True)
@@ -131,6 +210,113 @@ def test_the_command_answers_in_a_table_and_in_json():
     assert facts["memory_by_part"]["total"] == facts["memory"]
     table = ask("--gpus", "8", "--gpu", "h100", "--budget", "100").stdout
     assert "depth 20" in table and "560,988,160" in table
+
+
+def invented_record(**changes) -> dict:
+    "A record as dev/gpu.py would write it; its figures are made up for these tests."
+    figures = {"depth": 20, "vocab_size": 65_536, "sequence_len": 2048}
+    figures |= {"tokens_per_second": 160e3, "mfu": 0.56}
+    figures |= {"peak_bytes": 26e9, "counted_bytes": 25e9, "optimizer_share": 0.031}
+    training = {"status": "ok", "why": "", "figures": figures}
+    profile = {"parts": {"matrix products": 2.0, "attention": 1.0, "idle": 1.0}}
+    levers = {"rows": [{"lever": "no mask", "tokens_per_second": 161e3, "note": ""}]}
+    record = {
+        "date": "1 January 2027",
+        "tiny": False,
+        "device": {"name": "NVIDIA H100 80GB HBM3", "key": "h100"},
+        "environment": {"torch": "2.11.0"},
+        "sections": {
+            "training": training,
+            "profile": {"status": "ok", "why": "", "figures": profile},
+            "levers": {"status": "ok", "why": "", "figures": levers},
+            "fp8": {"status": "skipped", "why": "no time", "figures": {}},
+        },
+    }
+    return record | changes
+
+
+@pytest.fixture
+def write_record(monkeypatch, tmp_path):
+    "A function that makes a record the one that is found."
+    monkeypatch.setenv("NANOCHAT_GPU_RECORD", str(tmp_path / "gpu.json"))
+    return lambda record: (tmp_path / "gpu.json").write_text(json.dumps(record))
+
+
+def test_a_measured_card_is_planned_by_its_measurement(write_record):
+    write_record(invented_record())
+    gpu, c = measured_gpu("h100"), model_config(20, 65_536, 2048)
+    assert gpu.source == "measured here, 1 January 2027"
+    plan = make_plan(c, 16, 524_288)
+    assert plan.tokens / training_seconds(plan, gpu, 1) == pytest.approx(160e3)
+    counted = training_memory(c, 16, 2, 1, 16, device_type="cuda")["total"]
+    assert peak_memory(c, 16, 1, gpu, 16) == pytest.approx(1.04 * counted)
+    assert utilization(gpu, 768) < utilization(gpu, 1280)
+    assert measured_gpu("a100-80") is GPUS["a100-80"]  # another card
+    told = ask("--depth=20", "--gpus=1", "--gpu=h100", "--json=True").stdout
+    facts = json.loads(told.splitlines()[-1])
+    assert facts["source"] == gpu.source
+    assert facts["tokens_per_second"] == pytest.approx(160e3, rel=1e-3)
+    assert facts["device_batch_size"] == 32  # counted: 40.7 GiB, and 64 do not fit
+    assert "160,0" in ask("--gpu", "h100", "--depth", "20").stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tiny": True},
+        {"device": {"name": "NVIDIA H100 PCIe", "key": None}},
+        {"sections": {}},
+        {"sections": {"training": {"status": "failed", "why": "", "figures": {}}}},
+        {"sections": {"training": {"status": "timeout", "why": "", "figures": {}}}},
+    ],
+    ids=["tiny", "unknown card", "empty", "failed", "timeout"],
+)
+def test_what_is_no_measurement_changes_no_plan(write_record, changes):
+    write_record(invented_record(**changes))
+    assert measured_gpu("h100") is GPUS["h100"]
+
+
+def test_a_record_is_looked_for_in_three_places(monkeypatch, tmp_path):
+    monkeypatch.delenv("NANOCHAT_GPU_RECORD", raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").touch()
+    assert gpu_record() is None
+    kept = tmp_path / "dev" / "records" / "gpu.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(invented_record(date="kept")))
+    assert gpu_record()["date"] == "kept"
+    own = tmp_path / "base" / "gpu.json"
+    own.parent.mkdir()
+    own.write_text(json.dumps(invented_record(tiny=True)))
+    assert gpu_record()["date"] == "kept"  # a rehearsal hides nothing
+    own.write_text(json.dumps(invented_record(date="own")))
+    assert gpu_record()["date"] == "own"
+    own.write_text("{")
+    with pytest.raises(UserError, match=r"gpu\.json is not a record.*measure again"):
+        gpu_record()
+
+
+def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
+    show_record(training=[], profile=[])
+    assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
+    write_record(invented_record())
+    show_record(fp8=[])  # it was skipped
+    assert capsys.readouterr().out == "This has not been measured on a GPU yet.\n"
+    show_record(training=[], profile=[], levers=[], fp8=[], decoding=[])
+    told = capsys.readouterr().out
+    for text in ("NVIDIA H100 80GB HBM3, torch 2.11.0, 1 January 2027", "160,000"):
+        assert text in told
+    for text in ("24.21 GiB", "56.0%", "3.1%", "matrix products  2        50.0%"):
+        assert text in told
+    assert "fp8: skipped (no time)" in told and "decoding" not in told
+    show_record(training=["mfu"], levers=["lever"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:4]] == [
+        ["figure", "value"],
+        ["mfu", "56.0%"],
+    ]
+    assert [line.strip() for line in lines[4:]] == ["levers: ok", "lever", "no mask"]
 
 
 @pytest.mark.parametrize(
@@ -163,9 +349,33 @@ def test_a_dry_run_holds_what_was_planned():
         assert calls == 5  # two tables, three shapes of matrices
         assert params <= moved < 1.1 * params  # 20 matrices do not divide by 8
     assert found["collectives"]["allreduce"][1] < 100  # a count and a loss
+    full = walk(replace(config, dtype="float32"), 65_536)
+    assert full["planned"]["activations"] > 1.8 * told["activations"]
+    assert full["weights"] == params  # in float32 either way
     alone = walk(replace(config, world=1), 65_536)
     assert not {"reduce_scatter_base", "allgather_base"} & alone["collectives"].keys()
     assert found["optimizer"] < 1.1 * alone["optimizer"] / 8
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize(
+    "fields", [{}, {"kv_heads": 2}, {"arch": "modern", "depth": 5}], ids=str
+)
+def test_the_plan_counts_what_the_optimizers_send(fields, world):
+    config = BaseConfig(depth=4, max_seq_len=64, device_batch_size=1, world=world)
+    config = replace(config, total_batch_size=64 * world, **fields)
+    found = walk(config, 512 * 3)
+    seen, shape = found["collectives"], found["plan"].model
+    told = collective_bytes(shape, world)
+    named = {"reduce_scatter": "reduce_scatter_base", "all_gather": "allgather_base"}
+    for name, operator in named.items():
+        assert told[name] == seen[operator][1]
+    scalars = seen["allreduce"][1] - told["all_reduce"]
+    assert 0 <= scalars <= 32  # the count of targets, the loss, the norm
+    halves = sum(told.values()) + told["all_reduce"]
+    expected = halves * (world - 1) / world / NVLINK
+    assert collective_seconds(shape, world) == pytest.approx(expected)
+    assert collective_seconds(shape, 1) == 0
 
 
 @pytest.mark.parametrize(
