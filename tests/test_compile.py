@@ -141,9 +141,9 @@ def test_a_wrong_gradient_is_caught(dtype, factor, monkeypatch):
     monkeypatch.setitem(globals(), "FACTOR", factor)
     monkeypatch.setattr(nanochat.gpt, "relu2", lost)
     wrong = compiled_differs(SHAPE, CPU, dtype, backend="aot_eager")
-    assert "off" in wrong and "others" in wrong
+    assert "off eager" in wrong and "more" in wrong
     if factor == 0:
-        assert "c_fc.weight is 100% off" in wrong
+        assert "c_fc.weight" in wrong and "100% off" in wrong
 
 
 def test_the_fault_of_2_11_is_caught_where_it_is(monkeypatch):
@@ -191,7 +191,7 @@ def test_a_wrong_compiler_is_not_used(monkeypatch, capsys):
     model = tiny_model()
     assert compile_model(model, backend="aot_eager") is model
     said = capsys.readouterr().out
-    assert said.startswith("WARNING: compile: the gradient of") and "uncompiled" in said
+    assert said.startswith("WARNING: compile: ") and "uncompiled" in said
     assert said.count("\n") == 1
 
 
