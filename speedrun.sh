@@ -2,7 +2,7 @@
 # From raw text to a chat reply: the whole pipeline, for the machine it finds.
 #
 #   bash speedrun.sh                  8 GPUs, 1 GPU or the CPU, whatever is there
-#   bash speedrun.sh --preset cpu     a section of settings.ini
+#   bash speedrun.sh --preset cpu     a section of settings.ini; gpu-lab: five minutes on a GPU
 #   bash speedrun.sh --depth 12       any option of base_train
 #
 # Ctrl-C stops between two optimizer steps; the same command goes on from there.
@@ -16,6 +16,11 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 if [ "${1:-}" = "--preset" ]; then export NANOCHAT_PRESET="${2:?--preset needs a name}"; shift 2; fi
 NANOCHAT_PRESET=$(python -m scripts.plan --name-only True)
 export NANOCHAT_PRESET
+if [ "$NANOCHAT_PRESET" != cpu ] &&
+    ! python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "error: preset $NANOCHAT_PRESET needs a GPU, and torch sees none: use --preset cpu" >&2
+    exit 2
+fi
 python -m scripts.plan "$@"
 
 # ---- one stage: skipped when it is finished; whatever comes after it is then done again
@@ -42,8 +47,8 @@ stage() { # stage NAME RANKS MODULE [OPTIONS...]
     sleep 0.01 # markers are ordered by their time
 }
 
-# ---- text: the CPU run uses the corpus in the package, a GPU run fetches shards
-if [ "$NANOCHAT_PRESET" != cpu ]; then
+# ---- text: the short runs use the corpus in the package, the long ones fetch shards
+if [[ "$NANOCHAT_PRESET" != cpu && "$NANOCHAT_PRESET" != gpu-lab ]]; then
     export NANOCHAT_DOWNLOAD=1 # whole task sets from the hub, not the embedded samples
     python -m nanochat.dataset -n 8 # enough to train the tokenizer
     python -m nanochat.dataset -n 240 >"$NANOCHAT_BASE_DIR/download.log" 2>&1 &

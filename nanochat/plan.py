@@ -145,6 +145,8 @@ class BaseConfig:
     device: str = ""  # cuda, mps or cpu; empty: the fastest present
     dtype: str = ""  # bfloat16 or float32; empty: bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile; None: on GPUs only
+    fp8: bool = False  # products of the blocks in eight bits: H100 and later
+    deterministic: bool = False  # equal runs bit for bit on GPUs too, but slower
     seed: int = 42
     tracker: str = ""  # tensorboard, trackio or wandb; several with commas
     tag: str = ""  # name of the run; empty: d<depth>
@@ -201,6 +203,8 @@ class ChatConfig:
     device: str = ""
     dtype: str = ""
     compile: bool | None = None
+    fp8: bool = False
+    deterministic: bool = False
     seed: int = 42
     tracker: str = ""
     source_tag: str = ""  # which model to continue; empty: the deepest

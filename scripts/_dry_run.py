@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.accounting import training_memory
 from nanochat.common import UserError, compute_dtype
 from nanochat.dataloader import Batch
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.optim import setup_optimizer
 from nanochat.plan import BaseConfig, base_plan
@@ -68,6 +69,8 @@ def walk(config: BaseConfig, vocab_size: int) -> dict:
     try:
         with torch.device("meta"):
             model = GPT(plan.model, dtype)
+        if config.fp8:
+            use_fp8(model)
         optimizer = setup_optimizer(model, optim_config(config))
         shape = config.device_batch_size, config.max_seq_len
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")

@@ -20,7 +20,9 @@ from nanochat.common import (
     print0,
     save_section,
 )
+from nanochat.compiling import compile_model
 from nanochat.dataloader import prefetch
+from nanochat.fp8 import fp8_works, use_fp8
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
 from nanochat.plan import ChatConfig, check_fits, find_gpu, make_plan
@@ -31,6 +33,7 @@ from nanochat.train import Run, train
 IDLE = {
     "device",
     "compile",
+    "deterministic",
     "overwrite",
     "eval_every",
     "save_every",
@@ -40,7 +43,12 @@ IDLE = {
     "tracker",
 }  # no effect on weights
 # At these values a field that came later leaves an older run what it was.
-LATER = {("grad_clip", 0.0), ("dtype", ""), ("matrix_method", "newton-schulz")}
+LATER = {
+    ("grad_clip", 0.0),
+    ("dtype", ""),
+    ("matrix_method", "newton-schulz"),
+    ("fp8", False),
+}
 
 
 def weight_settings(config, idle=IDLE) -> dict:
@@ -60,6 +68,29 @@ def settings_hash(*parts) -> str:
     "Name a run by everything that determines its weights."
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def begin(config) -> torch.device:  # BaseConfig or ChatConfig
+    "Choose the device, meet the other ranks, and refuse what this device cannot do."
+    if config.deterministic:
+        checkpoint.use_deterministic()
+    device = compute_init(config.device)
+    if config.fp8 and (reason := fp8_works(device)):
+        raise UserError(f"--fp8 {reason}: leave --fp8 out")
+    return device
+
+
+def prepare(model, config):  # called like the model
+    "Turn on what makes steps fast: fp8 where it was asked for, compiling on GPUs."
+    device, wished = model.get_device(), config.compile
+    if config.fp8:
+        print0(f"fp8: {use_fp8(model)} products of the blocks are done in eight bits")
+    called = model
+    if wished or (wished is None and device.type == "cuda"):
+        called = compile_model(model)
+    if config.fp8 and called is model:
+        print0("WARNING: fp8 without torch.compile makes training slower, not faster")
+    return called
 
 
 def device_memory(device: torch.device) -> float:  # bytes
@@ -172,11 +203,9 @@ def run_stage(
         peak=gpu.peak if gpu else 0.0,
         saved=path or "none",
     )
-    called, wished = model, config.compile
-    if wished or (wished is None and device.type == "cuda"):
-        called = torch.compile(model, dynamic=False)
     results = run.results
     if not finished:
+        called = prepare(model, config)
         results = train(called, optimizer, prefetch(make_batches(cursors)), run)
     facts = {
         "parameters": model.num_params(),
@@ -201,7 +230,7 @@ def run_chat_stage(
     everything: bool,  # learn from every token, not only the assistant's
 ) -> dict:
     "Continue a model on conversations."
-    device, world = compute_init(config.device), get_dist_info()[2]
+    device, world = begin(config), get_dist_info()[2]
     if config.extra:
         both, epochs = [tasks[0], CustomJSON(config.extra)], [1, config.extra_epochs]
         tasks = TaskMixture(both, epochs=epochs), tasks[1]

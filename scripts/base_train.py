@@ -10,7 +10,6 @@ import torch
 from nanochat.checkpoint import build_model
 from nanochat.common import (
     compute_dtype,
-    compute_init,
     detect_preset,
     get_dist_info,
     print0,
@@ -22,7 +21,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.plan import BaseConfig, base_plan, check_fits
 from nanochat.tokenizer import get_tokenizer
 from scripts._dry_run import dry_run
-from scripts._stage import device_memory, run_stage
+from scripts._stage import begin, device_memory, run_stage
 
 
 def main(config: BaseConfig) -> None:
@@ -31,7 +30,7 @@ def main(config: BaseConfig) -> None:
         return dry_run(
             config, int(read_preset("tok_train", detect_preset())["vocab_size"])
         )
-    device, tokenizer = compute_init(config.device), get_tokenizer()
+    device, tokenizer = begin(config), get_tokenizer()
     world = get_dist_info()[2]
     wide = compute_dtype(device, config.dtype).itemsize
     vocab, kind = tokenizer.get_vocab_size(), device.type

@@ -232,7 +232,7 @@ def test_keep_last(tmp_path, trained):
 def two_steps(base_dir, tiny, monkeypatch):
     "A run that was stopped after two steps, and the weights it will end with."
     main(BaseConfig(**tiny, tag="whole"))
-    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: True)
+    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: torch.ones(()))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             main(BaseConfig(**tiny, tag="parts"))
@@ -297,7 +297,7 @@ def test_when_nothing_is_whole_it_says_so(two_steps, tiny):
 
 def test_a_stop_in_the_last_step_still_finishes(base_dir, tiny, monkeypatch):
     tiny |= {"num_iterations": 1}
-    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: True)
+    monkeypatch.setattr(StopSignal, "agreed", lambda self, device: torch.ones(()))
     main(BaseConfig(**tiny))
     assert checkpoint.list_steps(base_dir / "base_checkpoints" / "d1") == [1]
 

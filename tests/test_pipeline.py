@@ -1,8 +1,10 @@
 """The whole pipeline through its commands, tiny; and what each says to wrong input."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -13,10 +15,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from nanochat import dataset
-from nanochat.common import UserError, get_base_dir, parse_config, run_cli
-from nanochat.plan import BaseConfig
+from nanochat.common import (
+    UserError,
+    get_base_dir,
+    parse_config,
+    read_preset,
+    run_cli,
+)
+from nanochat.plan import (
+    GPUS,
+    BaseConfig,
+    ChatConfig,
+    base_plan,
+    make_plan,
+    training_seconds,
+)
 
 ROOT = Path(__file__).parents[1]
 BASE = (
@@ -265,7 +281,7 @@ def test_flags_win_over_the_preset(monkeypatch):
     assert alone.overwrite is True and alone.depth == 5
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu1", "gpu8"])
+@pytest.mark.parametrize("preset", ["cpu", "gpu1", "gpu8", "gpu-lab"])
 def test_presets_name_existing_options(preset, monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRESET", "")  # --preset sets it, for this process
     import configparser
@@ -277,6 +293,45 @@ def test_presets_name_existing_options(preset, monkeypatch):
         module = import_module(f"scripts.{stage}")
         kind = module.main.__annotations__["config"]
         parse_config(kind, stage, ["--preset", preset])
+
+
+def test_the_lab_fits_five_minutes_and_fetches_nothing(monkeypatch):
+    "By the plan: pretraining takes under two minutes of an H100, on embedded text."
+    monkeypatch.setenv("NANOCHAT_PRESET", "gpu-lab")
+    base = parse_config(BaseConfig, "base_train", [])
+    vocab = int(read_preset("tok_train", "gpu-lab")["vocab_size"])
+    plan = base_plan(base, vocab, 1, 2)
+    assert 20 < training_seconds(plan, GPUS["h100"], 1) < 120
+    characters = sum(len(text) for text, _ in dataset.iter_documents("train"))
+    assert 7 < plan.tokens / (characters / 4.15) < 9  # passes over the text
+    assert base.data == "embedded"
+    for stage in ("mid_train", "chat_sft"):
+        chat = parse_config(ChatConfig, stage, [])
+        assert chat.mixture == "small"
+        make_plan(plan.model, chat.device_batch_size, chat.total_batch_size, 10)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("preset", ["gpu-lab", "gpu1"])
+def test_a_speedrun_for_gpus_says_that_there_is_none(tmp_path, preset):
+    text = (ROOT / "speedrun.sh").read_text()
+    text = text.replace("bash dev/setup.sh run", "true")
+    text = text.replace('cd "$(dirname', f'cd "{ROOT}" # "$(dirname')
+    text = text.replace("$PWD/.venv/bin", str(Path(sys.executable).parent))
+    script = tmp_path / "speedrun.sh"
+    script.write_text(text)
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    env.pop("NANOCHAT_PRESET", None)
+    done = subprocess.run(
+        ["bash", str(script), "--preset", preset],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: preset {preset}")
+    assert "needs a GPU" in done.stderr and not (tmp_path / "base").exists()
 
 
 def test_embedded_manifest_is_complete():

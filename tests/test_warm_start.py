@@ -68,7 +68,7 @@ def test_resuming_a_warm_start_equals_not_stopping(base_model, base_dir, monkeyp
     main(ChatConfig(**OPTIONS, tag="whole"))
     main(ChatConfig(**OPTIONS | {"warm_start": False}, tag="cold"))
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "agreed", lambda self, device: True)
+        patch.setattr(StopSignal, "agreed", lambda self, device: torch.ones(()))
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 main(ChatConfig(**OPTIONS, tag="parts"))
