@@ -353,6 +353,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanochat.fp8.Float8Product.forward': ('training_process.html#float8product.forward', 'nanochat/fp8.py'),
                               'nanochat.fp8.emulated_product': ('training_process.html#emulated_product', 'nanochat/fp8.py'),
                               'nanochat.fp8.fits_fp8': ('training_process.html#fits_fp8', 'nanochat/fp8.py'),
+                              'nanochat.fp8.fp8_memory': ('training_process.html#fp8_memory', 'nanochat/fp8.py'),
                               'nanochat.fp8.fp8_works': ('training_process.html#fp8_works', 'nanochat/fp8.py'),
                               'nanochat.fp8.quantize': ('training_process.html#quantize', 'nanochat/fp8.py'),
                               'nanochat.fp8.scaled_product': ('training_process.html#scaled_product', 'nanochat/fp8.py'),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .attention import set_kernel
 from .common import print0
 from .fp8 import Float8Linear, use_fp8
 from .gpt import GPT, GPTConfig
@@ -116,11 +117,13 @@ def check_compiled(
     dtype: torch.dtype,
     *,
     fp8: bool = False,
+    kernel: str = "",  # of attention, where one is forced
     **options,  # of torch.compile
 ) -> tuple[str, str]:  # what is wrong, or ""; else what was found
     "Compare compiled with eager gradients on a small model of the same options."
     begun, shape = time.perf_counter(), small_config(config)
     model = small_model(shape, device, dtype, fp8)
+    set_kernel(model, kernel)
     eager = loss_and_gradients(model, model)
     wide = small_model(shape, device, WIDER[dtype], fp8=False)
     exact = loss_and_gradients(wide, wide)
@@ -162,8 +165,11 @@ def compile_model(
         print0("compile: TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled")
         return model
     device, options = model.get_device(), {"mode": mode, "backend": backend}
-    fp8 = any(isinstance(m, Float8Linear) for m in model.modules())
-    wrong, found = check_compiled(model.config, device, model.dtype, fp8=fp8, **options)
+    same = {
+        "fp8": any(isinstance(m, Float8Linear) for m in model.modules()),
+        "kernel": model.transformer.h[0].attn.kernel,
+    }
+    wrong, found = check_compiled(model.config, device, model.dtype, **same, **options)
     fine = torch.tensor(int(not wrong), device=device)
     if dist.is_initialized():
         dist.all_reduce(fine, dist.ReduceOp.MIN)

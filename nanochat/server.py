@@ -418,6 +418,9 @@ def load_chat_model(
     device: str = "",  # "cuda", "mps", "cpu"; empty: the fastest present
     tag: str = "",  # e.g. "d20"; empty: the deepest model
     step: int = -1,  # -1: the last
+    *,
+    compiled: bool = False,  # compile the decode step, in about a minute
+    frozen: bool = True,  # cast the weights once; False: they will be saved again
 ) -> tuple[Engine, str]:  # the engine and the model's name
     "Load a trained model to talk to."
     stages = ("rl", "sft", "mid", "base")
@@ -428,7 +431,8 @@ def load_chat_model(
         )
     source = source or exists[0]
     model, tokenizer, meta = load_model(source, compute_init(device), tag, step)
-    folder = Path(meta["path"])
-    return Engine(
-        freeze_weights(model), tokenizer
-    ), f"nanochat-{folder.parent.name}-{source}"
+    name = f"nanochat-{Path(meta['path']).parent.name}-{source}"
+    # A compiled step needs fixed shapes; otherwise the engine decides about those.
+    static = True if compiled else None
+    model = freeze_weights(model) if frozen else model
+    return Engine(model, tokenizer, static, compiled), name

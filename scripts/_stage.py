@@ -22,7 +22,7 @@ from nanochat.common import (
 )
 from nanochat.compiling import compile_model
 from nanochat.dataloader import prefetch
-from nanochat.fp8 import fp8_works, use_fp8
+from nanochat.fp8 import fp8_memory, fp8_works, use_fp8
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimConfig, lr_scale, muon_momentum, setup_optimizer
 from nanochat.plan import ChatConfig, check_fits, find_gpu, make_plan
@@ -151,8 +151,12 @@ def run_stage(
 ) -> dict:
     "Train one stage, from wherever an interrupted run stopped."
     world, device = get_dist_info()[2], model.get_device()
-    check_fits(plan, device_memory(device))
     model.dtype = compute_dtype(device, config.dtype)
+    if config.fp8:
+        sizes = plan.device_batch_size, model.dtype.itemsize
+        more = fp8_memory(model.config, *sizes)
+        plan = dataclasses.replace(plan, memory=plan.memory + more)
+    check_fits(plan, device_memory(device))
     chosen = weight_settings(config)
     settings = settings_hash(stage, chosen, tokenizer.fingerprint(), parent)
     folder = checkpoint.checkpoint_folder(source, tag)

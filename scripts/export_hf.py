@@ -23,7 +23,8 @@ class ExportHfConfig:
 
 
 def main(config: ExportHfConfig) -> None:
-    engine, name = load_chat_model(config.source, "cpu", config.tag, config.step)
+    where = config.tag, config.step
+    engine, name = load_chat_model(config.source, "cpu", *where, frozen=False)
     folder = export_hf(engine.model, engine.tokenizer, config.folder)
     for path in sorted(folder.iterdir()):
         print(f"{path}  {path.stat().st_size:,} bytes")

@@ -348,6 +348,14 @@ def test_only_16_bits_and_heads_of_fitting_size_reach_the_fused_kernels(monkeypa
     assert choose_kernel(*like(256, 256, size=256), 0, False, True) == "sdpa"
 
 
+def test_a_run_that_must_repeat_does_without_flash3(monkeypatch):
+    gpu(monkeypatch, flash3=stand_in([]))
+    assert choose_kernel(*like(256, 256), 0, False, True) == "flash3"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose_kernel(*like(256, 256), 0, False, True) == "cudnn"
+    assert choose_kernel(*like(256, 256), 0, False, False) == "flash3"
+
+
 def test_no_tensor_off_the_gpu_reaches_its_kernels(monkeypatch):
     "On a machine with a Hopper card and the package: bf16 on the CPU, on meta, on MPS."
     gpu(monkeypatch, flash3=lambda *args, **options: 1 / 0)

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 import nanochat.gpt
 from nanochat import compiling
+from nanochat.attention import set_kernel
 from nanochat.compiling import (
     check_compiled,
     compare,
@@ -185,6 +186,16 @@ def test_a_sound_compiler_is_used_and_said_in_one_line(capsys):
     assert called is not model and called._orig_mod is model
     ids = torch.randint(200, (1, 33))
     assert torch.allclose(called(ids[:, :-1]), model(ids[:, :-1]))
+
+
+def test_the_small_model_uses_the_kernel_that_the_model_was_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(compiling, "set_kernel", lambda m, name: told.append(name))
+    model = tiny_model()
+    compile_model(model, backend="aot_eager")
+    set_kernel(model, "twin")
+    compile_model(model, backend="aot_eager")
+    assert told == ["", "twin"]
 
 
 def test_a_wrong_compiler_is_not_used(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from nanochat.fp8 import (
     Float8Linear,
     Float8Product,
     emulated_product,
+    fp8_memory,
     fp8_works,
     quantize,
     scaled_product,
@@ -252,6 +253,22 @@ def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
     main(BaseConfig(**tiny, fp8=True, tag="eight"))
     said = capsys.readouterr().out
     assert "12 products" in said and "slower" in said
+
+
+def test_what_it_adds_to_the_memory_is_planned(base_dir, tiny, monkeypatch):
+    monkeypatch.setattr(_stage, "fp8_works", lambda device: "")
+    planned = []
+    monkeypatch.setattr(
+        _stage, "check_fits", lambda plan, size: planned.append(plan.memory)
+    )
+    tiny |= {"depth": 2, "num_iterations": 1}
+    for eight in (False, True):
+        main(BaseConfig(**tiny, fp8=eight, overwrite=True))
+    config = _stage.checkpoint.read_meta(
+        _stage.checkpoint.find_checkpoint("base", "d2")
+    )["model_config"]
+    more = fp8_memory(GPTConfig(**config), tiny["device_batch_size"], 4)
+    assert planned[1] - planned[0] == more > 0
 
 
 def test_a_dry_run_walks_through_it():

@@ -16,6 +16,7 @@ from nanochat.accounting import (
     training_memory,
 )
 from nanochat.common import UserError
+from nanochat.fp8 import fp8_memory, use_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import (
     GPUS,
@@ -148,11 +149,15 @@ class Fused(torch.autograd.Function):
         return out
 
 
-def kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
+def kept_bytes(
+    config: GPTConfig, rows: int, dtype: torch.dtype, eight: bool = False
+) -> int:
     "Count the storage that autograd keeps in a forward pass on the meta device."
     with torch.device("meta"):
         model = GPT(config, dtype)
         ids = torch.zeros(rows, config.sequence_len, dtype=torch.int64)
+    if eight:
+        use_fp8(model)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -177,6 +182,15 @@ def test_a_gpus_activations_are_what_autograd_keeps(monkeypatch, dtype, kv_heads
     told = activation_memory(config, rows, dtype.itemsize, device_type="cuda")
     head = parameter_counts(config)["lm_head"] * 4  # its gradient is kept as well
     assert told + head == pytest.approx(kept_bytes(config, rows, dtype), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_eight_bits_add_is_what_autograd_keeps_more(monkeypatch, dtype):
+    fused = lambda q, k, v, **options: Fused.apply(q, k, v)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    config, rows = GPTConfig(256, 512, 3, 4, 4, 256), 4
+    more = kept_bytes(config, rows, dtype, True) - kept_bytes(config, rows, dtype)
+    assert fp8_memory(config, rows, dtype.itemsize) == pytest.approx(more, rel=0.03)
 
 
 def test_float32_on_a_gpu_is_not_planned_like_a_cpu():

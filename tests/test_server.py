@@ -294,6 +294,15 @@ def test_chat_cli_answers_once(base):
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
 
 
+def test_a_compiled_engine_says_the_same(base):
+    args = "-p", "Hello", "--max-tokens=4", "--temperature=0", "--device=cpu"
+    plain = script(base, "scripts.chat_cli", *args)
+    fixed = script(base, "scripts.chat_cli", *args, "--compile")
+    assert fixed.returncode == 0, fixed.stderr
+    drop = lambda text: text.replace("compile=True", "compile=False")
+    assert drop(fixed.stdout) == plain.stdout != fixed.stdout
+
+
 def test_a_port_in_use_is_one_line_and_exit_2(base):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

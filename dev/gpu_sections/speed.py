@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -28,8 +29,9 @@ from gpu_sections.tools import (
     wait,
     watched,
 )
-from nanochat import head
+from nanochat import adamw, head
 from nanochat.accounting import flops_per_token, training_memory
+from nanochat.attention import KERNELS, kernel_works, set_kernel
 from nanochat.functional import nats_to_bits
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
@@ -84,13 +86,14 @@ class Trainer:
         *,
         mode: str | None = None,  # of torch.compile
         wrap: Callable | None = None,  # function(model), before it is compiled
+        pattern: str = "L",  # of windows
         guard: bool = False,  # compile as the stages do, with the guard's seconds
     ):
         from nanochat.compiling import compile_model
 
         torch.set_float32_matmul_precision("high")  # as the stages do on a GPU
         self.scale, self.rows = scale, rows
-        self.config = depth_20(scale, layers)
+        self.config = replace(depth_20(scale, layers), window_pattern=pattern)
         self.model = large_model(self.config, scale)
         if wrap:
             wrap(self.model)
@@ -262,6 +265,11 @@ def levers(scale: Scale, report: Report) -> None:
         lever(f"{rows} rows", scale, report, batch=rows)
     for name, change in attention_levers(scale, report).items():
         lever(f"attention {name}", scale, report, wrap=change)
+    for name in window_kernels(scale, report):
+        change = partial(set_kernel, name=name)
+        lever(f"windows by {name}", scale, report, wrap=change, pattern="S")
+    with patch.object(adamw, "adamw_rule", lambda p: adamw.adamw_update):
+        lever("AdamW line by line", scale, report)
     for power in scale.pick((26, 27, 29, 30), (10,)):
         with patch.dict(head.CHUNK, {scale.device.type: 2**power}):
             lever(f"2^{power} logits at a time", scale, report)
@@ -276,8 +284,6 @@ def levers(scale: Scale, report: Report) -> None:
 
 def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
     "Return for each kernel that can run what makes a model use it; note the others."
-    from nanochat.attention import KERNELS, kernel_works, set_kernel
-
     found = {}
     for name in KERNELS:
         if name in ("twin", "blocks", "mask"):
@@ -286,6 +292,17 @@ def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
             add_lever(f"attention {name}", {"note": f"cannot run: {why}"}, report)
         else:
             found[name] = partial(set_kernel, name=name)
+    return found
+
+
+def window_kernels(scale: Scale, report: Report) -> list[str]:
+    "Return the kernels that know windows and can run; all layers but the last have one."
+    found = []
+    for name in ("mask", "varlen", "flash3"):
+        if why := kernel_works(name, scale.device):
+            add_lever(f"windows by {name}", {"note": f"cannot run: {why}"}, report)
+        else:
+            found.append(name)
     return found
 
 
@@ -344,11 +361,12 @@ def fp8(scale: Scale, report: Report) -> None:
     report.note(tokens_per_second=rates["fp8"], bf16_tokens_per_second=rates["bf16"])
     report.note(ratio=ratio, layers=layers)
     report.key = f"{ratio:.2f} x bf16 with {layers} layers"
+    steps = scale.pick(200, 5)
     for name, wrap in ways(use_fp8).items():
-        report.note(**{f"bpb_{name}": bits_after(200, wrap, scale)})
-    report.note(bpb_other_seed=bits_after(200, None, scale, seed=1))
+        report.note(**{f"bpb_{name}": bits_after(steps, wrap, scale)})
+    report.note(bpb_other_seed=bits_after(steps, None, scale, seed=1), steps=steps)
     away = abs(report.figures["bpb_fp8"] - report.figures["bpb_bf16"])
-    report.key += f", {away:.4f} bits per byte away after 200 steps"
+    report.key += f", {away:.4f} bits per byte away after {steps} steps"
     report.goal("fp8 over bf16", ratio, 1.10)
     report.goal("bits per byte, away from bf16", away, 0.002, most=True)
 
@@ -372,7 +390,7 @@ def rate(layers: int, wrap, scale: Scale, report: Report) -> float:
 
 def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
     "Train on the bytes of the embedded corpus; return bits per byte on those that follow."
-    steps, T, rows = scale.pick((steps, 512, 32), (5, 32, 4))
+    T, rows = scale.pick((512, 32), (32, 4))
     width, layers = scale.pick((512, 6), (64, 1))
     config = GPTConfig(T, BYTES, layers, width // 64, width // 64, width)
     model = GPT(config, torch.bfloat16).to(scale.device)
