@@ -307,7 +307,7 @@ def attend_with_table(
 def activated(
     version: str,  # "FA2" (PyTorch's own), "FA3" or "FA4"
 ) -> bool:  # False: this PyTorch or this package cannot
-    "Let PyTorch's flash kernel be of a version, for the whole process."
+    "Switch PyTorch's flash kernel to a version; return whether that was possible."
     attention = torch.nn.attention
     if not hasattr(attention, "activate_flash_attention_impl"):
         return version == "FA2"
@@ -551,12 +551,10 @@ def choose_kernel(
 @functools.cache
 def announce(name: str, trains: bool, windowed: bool) -> None:
     "Print a choice; once, because the function is cached."
-    use = "training" if trains else "reading"
+    use = "training" if trains else "inference"
     told = f"attention for {use}{', windows' if windowed else ''}: {name}"
     if name == "mask" and windowed:
-        told += (
-            ", which computes what the window hides (not in bfloat16 with PyTorch 2.11)"
-        )
+        told += ", which also computes the hidden pairs (PyTorch 2.11 need not, in bfloat16)"
     print0(told)
 
 

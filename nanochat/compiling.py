@@ -151,7 +151,7 @@ def check_compiled(
 def compiled_differs(
     config: GPTConfig, device: torch.device, dtype: torch.dtype, **options
 ) -> str:  # "", or what is wrong
-    "Tell whether compiling changes a model's gradients; options as `check_compiled`."
+    "Return how compiling changes a model's gradients, or an empty string."
     return check_compiled(config, device, dtype, **options)[0]
 
 # %% ../nbs/06_training_process.ipynb #b2c7d10f

@@ -135,7 +135,7 @@ def fp8_memory(
 def fp8_works(
     device: torch.device,
 ) -> str:  # "", or why not
-    "Tell whether a device multiplies in eight bits."
+    "Return why a device cannot multiply in eight bits, or an empty string."
     needs = "needs an NVIDIA GPU of compute capability 8.9 or more (H100, RTX 4090)"
     if device.type != "cuda":
         return f"{needs}, the device is {device.type}"

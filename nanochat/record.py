@@ -30,7 +30,7 @@ def record_files() -> list[Path]:  # best first; they need not exist
 
 
 def gpu_record() -> dict | None:  # None: no card was measured
-    "Read the newest record of `dev/gpu.py` that is not a rehearsal."
+    "Return the first record of `dev/gpu.py` in `record_files` that is not a rehearsal."
     for path in record_files():
         if not path.is_file():
             continue

@@ -520,10 +520,10 @@ def test_the_choice_is_said_once_for_each_kind_of_call(monkeypatch, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told[:3] == [
         "attention for training: cudnn",
-        "attention for reading: sdpa",
+        "attention for inference: sdpa",
         "attention for training: sdpa",
     ]
-    assert told[3].startswith("attention for reading, windows: mask, which computes")
+    assert told[3].startswith("attention for inference, windows: mask, which also")
     assert len(told) == 4
 
 
@@ -544,7 +544,7 @@ def test_what_only_a_gpu_reaches_is_one_graph_too(monkeypatch, capsys):
     torch.testing.assert_close(compiled(f)(*inputs), told)
     attention.announce.cache_clear()
     compiled(f)(*inputs)
-    assert capsys.readouterr().out == 2 * "attention for reading: sdpa\n"
+    assert capsys.readouterr().out == 2 * "attention for inference: sdpa\n"
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
