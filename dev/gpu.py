@@ -13,6 +13,7 @@ core packages is needed, no network and no installation: a source tree will do.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import re
@@ -41,6 +42,9 @@ def work(name: str, tiny: bool, seconds: float, folder: Path) -> None:
     os.dup2(said.fileno(), 2)
     from gpu_sections.tools import Report, Scale, Skip
 
+    # Where it hangs, if it does: said shortly before the runner ends it.
+    faulthandler.enable(said)
+    faulthandler.dump_traceback_later(max(1.0, seconds - 3), file=said)
     report = Report(folder / f"{name}.json")
     report.write()
     try:
@@ -92,6 +96,8 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
         found |= {"status": "timeout", "why": f"no end after {limit:.0f} s"}
     elif process.exitcode or (found["status"] == "failed" and not found["why"]):
         found |= {"status": "failed", "why": last_words(log, process.exitcode)}
+    if found["status"] in ("timeout", "failed") and log.exists():
+        found["log"] = log.read_text(errors="replace")[-6000:]
     return found
 
 
@@ -99,6 +105,9 @@ def last_words(log: Path, code: int) -> str:
     "Return the last line that a process said, or how it died."
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()]
+    # What follows an error is often advice; the line that names it says more.
+    named = re.compile(r"[\w.]*(Error|Exception|Unsupported|Interrupt)\b")
+    lines = [line for line in lines if named.match(line)] or lines
     died = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     return (lines[-1] if lines else died)[:300]
 
@@ -250,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:  # exit code
         return 2
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # An empty cache, so that the time of compiling is that of a fresh machine.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
+        # Whoever runs more sections on the same card may name one that stays.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/compiled")
         record = run_all(names, options, Path(folder), started)
         return table(record, names) if record else 2
 

@@ -90,8 +90,13 @@ def capture_graph(
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     # "thread_local": what other threads do meanwhile, such as a server's, is their affair.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
+    options = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
+    try:
+        with torch.cuda.graph(graph, **options):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(here)  # a capture that fails does not leave its stream
+        raise
     return graph.replay
 
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c16

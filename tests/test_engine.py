@@ -387,13 +387,19 @@ class FakeStream:
         assert isinstance(other, FakeStream)
 
 
+CHOSEN = []  # streams that were made the current one: whether it was the usual one
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     "CUDA's graphs and streams, played on the CPU; whoever looks at ids is told off."
     FakeGraph.made = 0
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    usual = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: usual)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: CHOSEN.append(s is usual))
+    CHOSEN.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", fake_capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
@@ -498,6 +504,7 @@ def test_a_failed_capture_is_said_once_and_changes_no_number(
     follow(model, DecodeStep(model, 4, 96, graph=True))
     told = capsys.readouterr().out
     assert told.count("without CUDA graphs") == 1 and "not permitted" in told
+    assert CHOSEN == [True]  # PyTorch leaves the capture's stream current, we do not
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ SECTIONS = {
         "right:compiled", "compiled = eager, gradients included", 30, 120, True
     ),
     "training": Section(
-        "speed:training", "tokens per second and memory at depth 20", 75, 200
+        "speed:training", "tokens per second and memory at depth 20", 75, 280
     ),
     "decoding": Section(
         "generation:decoding", "tokens per second of generation, depth 20", 55, 120
@@ -70,7 +70,7 @@ SECTIONS = {
         "many:nccl", "NCCL with one rank, and rank 0 of 8 on this card", 25, 120
     ),
     "training_32": Section(
-        "speed:training_32", "depth 20 again, with 32 rows at a time", 70, 200
+        "speed:training_32", "depth 20 again, with 32 rows at a time", 70, 280
     ),
     "levers": Section("speed:levers", "each lever of training speed alone", 60, 400),
     "lab": Section(

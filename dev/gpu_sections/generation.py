@@ -97,7 +97,10 @@ def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
     kept = freeze_weights(model.eval())
     wanted = greedy(kept, prompts, 8, None)
     static = greedy(kept, prompts, 8, DecodeStep(kept, 4, 64, graph=False))
-    graph = greedy(kept, prompts, 8, DecodeStep(kept, 4, 64))
+    caught = DecodeStep(kept, 4, 64)
+    graph = greedy(kept, prompts, 8, caught)
+    if model.get_device().type == "cuda":
+        report.check(f"{name}: not captured", not caught.graph, 0)
     differ = (graph != static).sum()
     report.check(f"{name}: greedy ids, graph against the same uncaptured", differ, 0)
     # In bf16 another kernel's rounding decides between logits that are nearly equal.
@@ -139,10 +142,23 @@ def decoding(scale: Scale, report: Report) -> None:
     report.note(copy_bytes_per_second=copy_rate(scale), config=vars(config), rows=[])
     for batch in batches:
         one_batch(model, batch, ("graph", "eager"), context, (scale, report))
-    transformers_batches(model, batches[:2], context, (scale, report))
-    for batch in batches[:2]:  # to compile takes longest, so it comes last
+    conclude(batches, report)  # what is there counts, whatever comes after it
+    for batch in batches[:2]:  # to compile takes longest
         if scale.left() > scale.pick(60, 0):
             one_batch(model, batch, ("compiled graph",), context, (scale, report))
+    conclude(batches, report)
+    if scale.left() < scale.pick(25, 0):
+        report.note(transformers="no time left")
+        return
+    try:
+        transformers_batches(model, batches[:2], context, (scale, report))
+    except Exception as error:  # of somebody else's code: no reason to lose ours
+        report.note(transformers=f"{type(error).__name__}: {error}"[:300])
+
+
+def conclude(batches: tuple[int, ...], report: Report) -> None:
+    "Compare the best rates so far with the goals."
+    report.figures["goals"] = []
     best = {b: fastest(report, b) for b in batches}
     shown = [f"{best[b]:,.0f} tokens/s at batch {b}" for b in batches[:2]]
     report.key = "; ".join(shown)
@@ -189,6 +205,8 @@ def one_batch(
             step.load(kv)
             call = step.step
         ids, logits, seconds = follow(call, first, count, scale)
+        if how != "eager" and scale.device.type == "cuda":
+            report.check(f"{how}, batch {batch}: not captured", not step.graph, 0)
         told = time.perf_counter() - begun
         report.note(**{f"{how}, batch {batch}: seconds with the first step": told})
         add_row(report, how, batch, context, seconds)
@@ -224,7 +242,8 @@ def same_ids(how: str, batch: int, found: tuple, report: Report) -> None:
     if first == how:
         return
     name = f"batch {batch}, {how} against {first}"
-    report.check(f"{name}: logits", error(found[1], logits), BF16)
+    bound = 2 * BF16 if "compiled" in how else BF16  # fused kernels round elsewhere
+    report.check(f"{name}: logits", error(found[1], logits), bound)
     # Weights that were never trained leave near ties, which rounding decides: that ids
     # are equal is checked in fp32 (`decode_right`); here it is told how many are.
     agree = (ids == found[0]).float().mean().item()

@@ -43,10 +43,14 @@ def nccl(scale: Scale, report: Report) -> None:
         # torchrun, as on eight cards; this file is what it starts.
         out = Path(folder) / "rank.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node=1", __file__, str(out), str(int(scale.tiny))]
+        # Without an address torchrun asks for the host's name, which may not resolve.
+        command += ["--local-addr=127.0.0.1", "--nproc_per_node=1"]
+        command += [__file__, str(out), str(int(scale.tiny))]
         done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout, done.stderr, flush=True)  # for the log
         if not out.exists():
-            raise RuntimeError((done.stderr.strip() or "no output").split("\n")[-1])
+            said = [line for line in done.stderr.splitlines() if "Error" in line]
+            raise RuntimeError((said or ["torchrun said nothing"])[0])
         found = json.loads(out.read_text())
     report.kernels = found.pop("kernels")
     report.note(**found)

@@ -39,7 +39,7 @@ from nanochat.train import accumulate
 
 TOKENS = 524_288  # of an optimizer step
 PARTS = {  # of a step: words in the names of kernels (on a CPU: of operators)
-    "attention": "flash fmha sdpa attention attend".split(),
+    "attention": "flash fmha sdpa attention attend cudnn dot_do_o convert_dq".split(),
     "matrix products": "gemm nvjet cutlass cublas xmma splitk _mm ::mm ::bmm".split(),
 }
 
@@ -166,12 +166,14 @@ def measure(trainer: Trainer, report: Report) -> dict:
     "Take the figures of a step, from the first pass that compiles on."
     scale, config = trainer.scale, trainer.config
     first = elapsed(trainer.passes, scale)
+    report.note(first_pass_seconds=first)  # each figure is kept as soon as it is there
     again = statistics.median(elapsed(trainer.passes, scale) for _ in range(3))
     trainer.update()  # its buffers exist from here on
     peak = peak_of(lambda: (trainer.passes(2), trainer.update()), scale)
     updates = [elapsed(trainer.update, scale) for _ in range(3)]
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
     rate, gpu = trainer.micro * trainer.tokens / seconds, this_gpu()[1]
+    report.note(tokens_per_second=rate, step_seconds=seconds, peak_bytes=peak)
     report.kernels = names(watched(trainer.passes, scale), 16)
     row = {
         "depth": config.n_layer,
@@ -201,6 +203,8 @@ def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> second
     for kernel, seconds in spent.items():
         words = kernel.lower()
         found = [part for part, keys in PARTS.items() if any(k in words for k in keys)]
+        if words.startswith("triton_"):  # named after what they were made for
+            found = ["matrix products"] if words.startswith("triton_tem") else []
         parts[found[0] if found else "element-wise"] += seconds
     return parts
 

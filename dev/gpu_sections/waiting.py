@@ -68,7 +68,9 @@ def syncs(scale: Scale, report: Report) -> None:
         warnings.simplefilter("always")
         step(model, optimizer, batches, scale, "warn")
     places = [f"{Path(w.filename).name}:{w.lineno}" for w in told]
-    waits = [p for p, w in zip(places, told) if "synchronizing" in str(w.message)]
+    waits = [
+        p for p, w in zip(places, told) if "called a synchronizing" in str(w.message)
+    ]
     report.note(waits=waits)
     report.check("waits in the step", len(waits), 0)
     try:
