@@ -183,9 +183,10 @@ def test_a_save_that_fails_anywhere_loses_nothing(
         raise AssertionError("the save never succeeded")
     print(f"{len(failures)} of {at - 1} calls made the save fail: {failures}")
     assert len(failures) >= 20
-    assert {"save_file", "write", "fsync", "replace", "open", "mkdir", "rmtree"} <= set(
-        failures
-    )
+    wanted = {"save_file", "write", "fsync", "replace", "open", "mkdir", "rmtree"}
+    if sys.version_info < (3, 11):
+        wanted.remove("mkdir")  # pathlib of 3.10 does not look `os.mkdir` up
+    assert wanted <= set(failures)
 
 
 @pytest.mark.parametrize("case", ["next", "replaced"])
