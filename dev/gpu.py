@@ -97,19 +97,29 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
     elif process.exitcode or (found["status"] == "failed" and not found["why"]):
         found |= {"status": "failed", "why": last_words(log, process.exitcode)}
     if found["status"] in ("timeout", "failed") and log.exists():
-        found["log"] = log.read_text(errors="replace")[-6000:]
+        found["log"] = read_log(log)[-6000:]
     return found
 
 
+def read_log(log: Path) -> str:
+    "Return what a process said, without the folders of this machine: records are shared."
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return text.replace(str(ROOT), ".").replace(str(Path.home()), "~")
+
+
 def last_words(log: Path, code: int) -> str:
-    "Return the last line that a process said, or how it died."
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    lines = [line.strip() for line in lines if line.strip()]
-    # What follows an error is often advice; the line that names it says more.
-    named = re.compile(r"[\w.]*(Error|Exception|Unsupported|Interrupt)\b")
-    lines = [line for line in lines if named.match(line)] or lines
+    "Return the error that a process named, or how it died."
+    lines = [line.strip() for line in read_log(log).split("\n") if line.strip()]
+    # Advice often follows: an error is told from the line that names it on.
+    named = re.compile(
+        r"Fatal Python error|[\w.]*(Error|Exception|Unsupported|Interrupt)\b"
+    )
+    faults = [i for i, line in enumerate(lines) if named.match(line)]
+    told = " ".join(lines[faults[-1] :]) if faults else "".join(lines[-1:])
     died = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return (lines[-1] if lines else died)[:300]
+    if code < 0 and told:  # ended from outside or by a fault of the machine's
+        told = f"{died}: {told}"
+    return (told or died)[:300]
 
 
 def find_device(tiny: bool, folder: Path) -> tuple[dict, str]:  # facts, how to start

@@ -133,6 +133,9 @@ def test_a_broken_section_costs_itself(tmp_path):
     assert why["wrong"] == "not a number, too large" and why["skip"] == "no reason"
     assert why["package"] == "needs the package no_such_package, which is not installed"
     assert "4 s" in why["hang"] and "signal 11" in why["crash"]
+    logs = {name: s["log"] for name, s in found.items() if "log" in s}
+    assert logs.keys() == {"crash", "fail", "memory", "hang"}
+    assert "Segmentation fault" in logs["crash"] and str(Path.home()) not in str(logs)
     assert found["crash"]["checks"][0]["ok"], "what was known before the crash is kept"
     assert found["wrong"]["checks"][1]["value"] is None
     assert "WRONG wrong: too large: 3, at most 2" in said
