@@ -345,7 +345,7 @@ def parse_config(
     argv = [  # a switch alone means True
         item
         for a, after in zip(argv, [*argv[1:], "--"])
-        for item in ([a, "True"] if switch(a) and after.startswith("--") else [a])
+        for item in ([a, "True"] if switch(a) and after.startswith("-") else [a])
     ]
     argv = take_preset(argv)
     preset_values = read_preset(stage, detect_preset())

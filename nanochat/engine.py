@@ -227,7 +227,7 @@ class Engine:
         model,  # GPT
         tokenizer,
         static: bool | None = None,  # decode with fixed shapes; None: on CUDA
-        compiled: bool = False,  # and compile that step, once, in about a minute
+        compiled: bool = False,  # and compile that step, once
     ):
         self.model, self.tokenizer = model, tokenizer
         self.control = ControlTokens.of(tokenizer)

@@ -419,7 +419,7 @@ def load_chat_model(
     tag: str = "",  # e.g. "d20"; empty: the deepest model
     step: int = -1,  # -1: the last
     *,
-    compiled: bool = False,  # compile the decode step, in about a minute
+    compiled: bool = False,  # compile the decode step, before the first reply
     frozen: bool = True,  # cast the weights once; False: they will be saved again
 ) -> tuple[Engine, str]:  # the engine and the model's name
     "Load a trained model to talk to."

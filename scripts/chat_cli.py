@@ -43,7 +43,7 @@ class ChatCliConfig:
     device: str = ""
     """cuda, mps or cpu; empty: the fastest present."""
     compile: bool = False
-    """Compile the decode step: about a minute before the first reply, faster after it."""
+    """Compile the decode step: the first reply has to wait for it. Meant for GPUs."""
 
 
 def visible(text: str) -> str:

@@ -30,6 +30,7 @@ from nanochat.plan import BaseConfig, make_plan, model_config
 from nanochat.train import Run, StopSignal, accumulate
 from scripts._stage import weight_settings
 from scripts.base_train import main
+from scripts.chat_cli import ChatCliConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(
@@ -644,6 +645,8 @@ def test_options_of_the_loop_are_read(monkeypatch):
     assert read().compile is None and read().grad_clip == 0
     assert read("--compile").compile is read("--compile", "True").compile is True
     assert read("--compile=False", "--grad-clip=1.0").compile is False
+    words = ["--compile", "-p", "hi"]  # a short option after a switch is not its value
+    assert parse_config(ChatCliConfig, "chat_cli", words).prompt == "hi"
     assert read("--grad-clip=1.0").grad_clip == 1.0
 
 
