@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from nanochat.common import UserError, get_base_dir, print0, run_cli, save_section
 from nanochat.dataset import data_path, iter_documents
+from nanochat.interop import read_pickled
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.tokenizer import RustBPETokenizer, read_pickled
+from nanochat.tokenizer import RustBPETokenizer
 
 ROUND_TRIP = "Hello, world! I'm 1234 years old.\n\n\tnaïve café — 안녕 🙂 <|bos|>"
 

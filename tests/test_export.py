@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanochat.checkpoint import find_checkpoint, load_model, load_weights, save
 from nanochat.common import UserError, run_cli
 from nanochat.engine import Engine
-from nanochat.export import (
+from nanochat.gpt import GPTConfig
+from nanochat.hf import (
     byte_alphabet,
     export_hf,
     hf_config,
     hf_tokenizer,
     recover_merges,
+    tokenizer_from_hf,
 )
-from nanochat.gpt import GPTConfig
-from nanochat.importing import adopt, load_foreign, tokenizer_from_hf
+from nanochat.interop import adopt, load_foreign
 from nanochat.tokenizer import RustBPETokenizer, to_tiktoken
 from scripts import import_model
 
