@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat.chat_eval.wilson': ('evaluation.html#wilson', 'nanochat/chat_eval.py')},
             'nanochat.checkpoint': { 'nanochat.checkpoint.barrier': ('training_process.html#barrier', 'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.build_model': ('training_process.html#build_model', 'nanochat/checkpoint.py'),
+                                     'nanochat.checkpoint.check_tag': ('training_process.html#check_tag', 'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.check_tokenizer': ( 'training_process.html#check_tokenizer',
                                                                               'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.checkpoint_folder': ( 'training_process.html#checkpoint_folder',
