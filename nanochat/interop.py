@@ -7,7 +7,6 @@ __all__ = ['Captured', 'DataUnpickler', 'read_pickled', 'read_nanochat', 'load_f
 
 # %% ../nbs/appendix_interop.ipynb #d5ef8aa6
 import pickle
-import shutil
 from pathlib import Path
 
 import torch
@@ -102,17 +101,18 @@ def adopt(
     overwrite: bool = False,  # replace another tokenizer or checkpoint
 ) -> Path:  # the checkpoint
     "Write model and tokenizer where the commands look for them."
-    home, name = get_base_dir() / "tokenizer", tokenizer.fingerprint()
     folder = checkpoint.checkpoint_folder(stage, tag or f"d{model.config.n_layer}")
-    free = overwrite or not checkpoint.list_steps(folder)
-    if not overwrite and (home / FILE_NAME).exists():
-        free &= RustBPETokenizer.from_directory(home).fingerprint() == name
-    if not free:
+    home = get_base_dir() / "tokenizer"
+    name = tokenizer.fingerprint()
+    taken = bool(checkpoint.list_steps(folder))
+    if not overwrite and not taken and (home / FILE_NAME).exists():
+        taken = RustBPETokenizer.from_directory(home).fingerprint() != name
+    if taken and not overwrite:
         raise UserError(
             f"{folder} holds a checkpoint, or {home} another tokenizer: choose another "
             "--tag or NANOCHAT_BASE_DIR, or add --overwrite True"
         )
-    shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save(home)
+    # Saving step 0 removes the later steps, and nothing else that lies in the folder.
     facts = {"stage": "import", "settings": "import", "tokenizer": name, "results": {}}
     return checkpoint.save(folder, 0, model, meta=facts)
