@@ -14,8 +14,9 @@ from typing import Any
 
 from .common import UserError, get_base_dir, print0, save_section
 from .dataset import data_path, iter_documents
+from .interop import read_pickled
 from .tasks.arithmetic import Arithmetic
-from .tokenizer import RustBPETokenizer, read_pickled
+from .tokenizer import RustBPETokenizer
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0004
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from nanochat.bpe import (
 )
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import iter_documents
-from nanochat.export import hf_tokenizer
+from nanochat.hf import hf_tokenizer
+from nanochat.interop import read_pickled
 from nanochat.tokenizer import (
     FILE_NAME,
     PRETRAINED,
@@ -40,7 +41,6 @@ from nanochat.tokenizer import (
     get_token_bytes,
     get_tokenizer,
     load_tiktoken_ranks,
-    read_pickled,
     to_tiktoken,
 )
 
