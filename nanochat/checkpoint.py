@@ -132,6 +132,8 @@ def sweep(
 
 def sync(path: Path) -> None:
     "Force a file, or the names in a folder, to the disk."
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder; it writes names through
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -83,11 +83,11 @@ COMMANDS = {
         "one page of numbers, curves and samples",
     ),
     "export_hf": Command(
-        "nanochat.hf", "export_command", "ExportHfConfig",
+        "nanochat.interop", "export_model", "ExportHfConfig",
         "write a model as a Hugging Face folder",
     ),
     "import_model": Command(
-        "nanochat.hf", "import_command", "ImportModelConfig",
+        "nanochat.interop", "import_model", "ImportModelConfig",
         "take over a model from somewhere else",
     ),
 }  # fmt: skip

@@ -31,7 +31,10 @@ def evaluate_bpb(
         loss = model(batch.inputs, batch.targets, loss_reduction="none").view(-1)
         targets = batch.targets.reshape(-1)
         size = token_bytes.to(targets.device)[targets.clamp(min=0)] * (targets >= 0)
-        nats += loss[size > 0].double().sum().item()
+        # Float64, since millions are added; Apple's GPUs have none, the CPU does.
+        counted = loss[size > 0]
+        counted = counted.cpu() if counted.device.type == "mps" else counted
+        nats += counted.double().sum().item()
         num_bytes += size.sum().item()
         device = targets.device
     if dist.is_initialized():

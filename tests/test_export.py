@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nanochat import interop
 from nanochat.checkpoint import find_checkpoint, load_model, load_weights, save
 from nanochat.common import UserError, run_cli
 from nanochat.engine import Engine
@@ -29,7 +30,6 @@ from nanochat.hf import (
 )
 from nanochat.interop import adopt, load_foreign
 from nanochat.tokenizer import RustBPETokenizer, to_tiktoken
-from scripts import import_model
 
 ROOT = Path(__file__).parents[1]
 TOOL = [
@@ -605,7 +605,7 @@ def test_e_wrong_folders_give_one_line(home, copy, monkeypatch, capsys, kind, me
         copy.mkdir()
     monkeypatch.setattr(sys, "argv", ["x", f"--folder={copy if kind else ''}"])
     with pytest.raises(SystemExit) as exit:
-        run_cli(import_model.main, import_model.ImportModelConfig, "import_model")
+        run_cli(interop.import_model, interop.ImportModelConfig, "import_model")
     text = capsys.readouterr().err
     assert exit.value.code == 2 and message in text
     assert text.startswith("error: ") and len(text.splitlines()) == 1

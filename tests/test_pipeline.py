@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from nanochat import dataset
+from nanochat.cli import COMMANDS, run_command
 from nanochat.common import (
     UserError,
     get_base_dir,
     parse_config,
     read_preset,
-    run_cli,
 )
 from nanochat.config import BaseConfig, ChatConfig
 from nanochat.gpus import GPUS
@@ -67,16 +67,8 @@ PIPELINE = [
 
 def run(monkeypatch, stage: str, flags: str = "") -> None:
     "Call a command in this process as its file does."
-    module = import_module(f"scripts.{stage}")
-    monkeypatch.setattr(sys, "argv", [stage, *flags.split()])
-    config = next(
-        v
-        for k, v in vars(module).items()
-        if k.endswith("Config")
-        and isinstance(v, type)
-        and module.main.__annotations__.get("config") in (v, k)
-    )
-    run_cli(module.main, config, stage)
+    monkeypatch.setattr(sys, "argv", [stage])  # restored afterwards
+    run_command(stage, flags.split(), f"python -m scripts.{stage}")
 
 
 def fails(monkeypatch, capsys, stage: str, flags: str = "") -> str:
@@ -286,11 +278,11 @@ def test_presets_name_existing_options(preset, monkeypatch):
     import configparser
 
     settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini")
+    settings.read(ROOT / "nanochat" / "settings.ini")
     stages = {key.split(".")[0] for key in settings[preset]}
     for stage in stages:
-        module = import_module(f"scripts.{stage}")
-        kind = module.main.__annotations__["config"]
+        command = COMMANDS[stage]
+        kind = getattr(import_module(command.module), command.config)
         parse_config(kind, stage, ["--preset", preset])
 
 
