@@ -320,9 +320,13 @@ def forward(
     if targets is None:
         return model.logits(x)
     check_ids("target", targets, -1, config.vocab_size)
-    weight, cap = model.lm_head.weight, config.softcap
     return linear_cross_entropy(
-        x, weight, targets, cap, loss_reduction, config.vocab_size
+        x,
+        model.lm_head.weight,
+        targets,
+        config.softcap,
+        loss_reduction,
+        vocab_size=config.vocab_size,
     )
 
 # %% ../nbs/04_transformer_architecture.ipynb #2154ccae

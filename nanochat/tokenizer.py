@@ -6,6 +6,14 @@
 __all__ = ['SPECIAL_TOKENS', 'FORMAT', 'VERSION', 'FILE_NAME', 'PRETRAINED', 'PART_FRAMES', 'learn_ranks', 'pack_vocabulary', 'fingerprint', 'read_vocabulary', 'load_tiktoken_ranks', 'read_pretrained', 'check_special', 'Vocabulary', 'mend', 'check_texts', 'whole_id', 'check_ids', 'TextCoder', 'to_tiktoken', 'Captured', 'DataUnpickler', 'read_pickled', 'check_messages', 'merge_system', 'message_parts', 'message_pieces', 'printable', 'color_terminal', 'color_html', 'RustBPETokenizer', 'get_tokenizer', 'get_token_bytes']
 
 # %% ../nbs/03_tokenization.ipynb #4c36aeda
+# Ids are whole numbers below the vocabulary size V: first the ranks, which the crate
+# learned, then the special tokens. Three classes, each on top of the last: `Vocabulary`
+# (what ids mean, saved as checksummed text), `TextCoder` (text to ids and back) and
+# `RustBPETokenizer` (conversations). What holds throughout: decoding what was encoded
+# gives the text back; no text becomes a special token, only `encode_special` makes one;
+# half a character is bytes and no error; a mask is as long as its ids, 1 where the loss
+# counts; equal fingerprints mean equal ids for every text. What a user can get wrong
+# raises `UserError`, with the place.
 import base64
 import hashlib
 import html
@@ -85,7 +93,7 @@ def read_vocabulary(
         content = json.loads(path.read_text("utf-8"))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"not {FORMAT!r} of version {VERSION}")
-        stored = content.pop("sha256")
+        stored = content.pop("sha256")  # of all the rest
         if (found := fingerprint(content)) != stored:
             raise ValueError(f"its sha256 is {found[:12]}, it says {stored[:12]}")
         ranks = [base64.b64decode(token) for token in content["ranks"]]
@@ -180,7 +188,9 @@ class Vocabulary:
         if special is None:
             special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         check_special(special, len(ranks))
-        self.ranks, self.pattern, self.special = ranks, pattern, special
+        self.ranks = ranks
+        self.pattern = pattern
+        self.special = special
         self.token_of = dict(enumerate(ranks))
         self.token_of |= {i: name.encode() for name, i in special.items()}
         self.bpe = self.compiled()
@@ -410,6 +420,7 @@ def check_messages(
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(f"message {i} needs the keys 'role' and 'content'")
+    # After the system message is gone, a role follows from a message's place.
     if messages[0]["role"] == "system":
         messages = merge_system(messages)
     for i, message in enumerate(messages):
@@ -450,11 +461,13 @@ def message_parts(
     content = message["content"]
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    if message["role"] == "user" or not isinstance(content, list):
-        kind = (
-            "a string" if message["role"] == "user" else "a string or a list of parts"
+    # Only the assistant calls the calculator, so only its messages have parts.
+    if message["role"] == "user":
+        raise UserError(f"message {number}: content must be a string")
+    if not isinstance(content, list):
+        raise UserError(
+            f"message {number}: content must be a string or a list of parts"
         )
-        raise UserError(f"message {number}: content must be {kind}")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in PART_FRAMES or not isinstance(part.get("text"), str):
@@ -529,7 +542,8 @@ class RustBPETokenizer(TextCoder):
         "Turn a conversation into one sequence of ids and its loss mask."
         if type(max_tokens) is not int or max_tokens < 0:  # -1 would cut the end off
             raise UserError(f"max_tokens is {max_tokens!r}: use 0 or more")
-        ids, mask = [self.get_bos_token_id()], [0]
+        ids = [self.get_bos_token_id()]
+        mask = [0]
         for i, message in enumerate(check_messages(conversation)):
             for text, special, trained in message_pieces(message, i):
                 new = [self.encode_special(text)] if special else self.encode(text)
