@@ -25,10 +25,9 @@ from nanochat.common import (
     read_preset,
     run_cli,
 )
+from nanochat.config import BaseConfig, ChatConfig
+from nanochat.gpus import GPUS
 from nanochat.plan import (
-    GPUS,
-    BaseConfig,
-    ChatConfig,
     base_plan,
     make_plan,
     training_seconds,

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 import rustbpe
+from nanochat import tok_eval, tok_train
 from nanochat.bpe import (
     SPLIT_PATTERN,
     best_pair,
@@ -32,7 +33,8 @@ from nanochat.bpe import (
 )
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import iter_documents
-from nanochat.export import hf_tokenizer
+from nanochat.hf import hf_tokenizer
+from nanochat.interop import read_pickled
 from nanochat.tokenizer import (
     FILE_NAME,
     PRETRAINED,
@@ -42,10 +44,8 @@ from nanochat.tokenizer import (
     get_token_bytes,
     get_tokenizer,
     load_tiktoken_ranks,
-    read_pickled,
     to_tiktoken,
 )
-from scripts import tok_eval, tok_train
 
 DOCS = [
     "The cat and the other cats sat on 1234 mats; they'd sat there since 1999.\n\n" * 3,
@@ -681,10 +681,10 @@ def test_importing_a_pickle(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(to_tiktoken(tok)))
-    tok_train.main(tok_train.TokTrainConfig(pickle=str(path)))
+    tok_train.train_tokenizer(tok_train.TokTrainConfig(pickle=str(path)))
     assert get_tokenizer().fingerprint() == tok.fingerprint()
     with pytest.raises(UserError, match="does not exist"):
-        tok_train.main(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
 
 
 def test_fuzz():
@@ -700,11 +700,11 @@ def test_fuzz():
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     config = tok_train.TokTrainConfig(vocab_size=2048, max_chars=2_000_000)
-    tok_train.main(config)
+    tok_train.train_tokenizer(config)
     made = get_tokenizer()
     assert made.get_vocab_size() == 2048
     assert all(len(made.encode(f"{n:02}")) == 1 for n in range(100))
-    tok_eval.main(tok_eval.TokEvalConfig(num_docs=64))
+    tok_eval.compare_tokenizers(tok_eval.TokEvalConfig(num_docs=64))
     assert "no column for GPT-2" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "tok_eval.json").read_text())
     rows = {row["text"]: row["ours"] for row in report["bytes_per_token"]}
@@ -715,11 +715,11 @@ def test_commands(tmp_path, monkeypatch, capsys):
 def test_commands_name_mistakes(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="100 is too small"):
-        tok_train.main(tok_train.TokTrainConfig(vocab_size=100))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(vocab_size=100))
     with pytest.raises(UserError, match="/no/such/place"):
-        tok_train.main(tok_train.TokTrainConfig(data="/no/such/place"))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(data="/no/such/place"))
     with pytest.raises(UserError, match=r"scripts\.tok_train"):
-        tok_eval.main(tok_eval.TokEvalConfig())
+        tok_eval.compare_tokenizers(tok_eval.TokEvalConfig())
 
 
 def test_no_test_file_is_read(monkeypatch):
