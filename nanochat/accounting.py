@@ -22,12 +22,14 @@ def parameter_counts(
         "lm_head": rows * C,
         "value_embeds": tables * rows * config.kv_dim,
         "gates": tables * config.gate_inputs * config.n_kv_head,
-        "scalars": 2 * L if config.stream_scalars else 0,
+        "smear_gate": config.smear_inputs if config.smear else 0,
+        "scalars": 2 * L * config.stream_scalars + config.smear + config.backout,
     }
     return counts | {"total": sum(counts.values())}
 
 # %% ../nbs/04_transformer_architecture.ipynb #95852efe
-MATRICES = ("attention", "mlp", "lm_head", "gates")  # the other groups only look up
+# The other groups only look up or scale.
+MATRICES = ("attention", "mlp", "lm_head", "gates", "smear_gate")
 
 
 def flops_per_token(
@@ -70,10 +72,11 @@ def kv_cache_bytes(
     bytes_per_value: int = 2,
 ) -> int:
     "Return the size of a key-value cache."
-    per_position = 2 * config.n_layer * config.kv_dim
-    return (
-        batch_size * (seq_len or config.sequence_len) * per_position * bytes_per_value
-    )
+    positions = seq_len or config.sequence_len
+    each_row = 2 * config.n_layer * config.kv_dim * bytes_per_value * positions
+    if config.smear:  # the ids, of 8 bytes, and one place for "no token before"
+        each_row += 8 * (positions + 1)
+    return batch_size * each_row
 
 # %% ../nbs/04_transformer_architecture.ipynb #7e806d68
 BLOCK = 64  # queries that attention on a processor handles at a time
@@ -109,6 +112,9 @@ def activation_memory(
     each_layer = 3 + (1 + 2 * share) + c.mlp_ratio + c.stream_scalars
     # The norms after the embedding and before the head, and the head's gradient.
     ends = 3 + share * sum(c.has_values(layer) for layer in layers)
+    # Smear keeps the embeddings twice more, as they are and moved by one; backout keeps
+    # the middle of the stream, which is there anyway unless no layer follows it.
+    ends += 2 * c.smear + (c.backout and c.n_layer <= 2)
     vectors = c.n_layer * each_layer + ends
     # One float32 length for each normalised vector: queries, keys, and two streams of a
     # layer, two more at the ends; and the ids, of 8 bytes.
