@@ -6,6 +6,14 @@
 __all__ = ['SPLIT_PATTERN', 'count_pairs', 'merge_pair', 'best_pair', 'train_bpe', 'encode_chunk', 'encode_bpe', 'decode_bpe']
 
 # %% ../nbs/03_tokenization.ipynb #829b4578
+# A vocabulary is a dictionary from tokens (byte strings) to ranks. Ranks 0 to 255 are the
+# bytes themselves, so no text is outside it; every later token is the union of two
+# earlier ones, ranked in the order in which they were learned. A rank is also an id.
+# What every implementation has to respect: pairs are counted and merged only inside a
+# chunk that the split pattern cuts; overlapping pairs are counted each and merged from
+# left to right; of equally frequent pairs the one with the smaller ids wins; encoding
+# joins the neighbors whose union has the lowest rank. All of it is quadratic here;
+# `rustbpe` does the same fast, and the tests hold the two together.
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -16,7 +24,7 @@ import regex
 def count_pairs(
     words: dict[tuple[int, ...], int],  # sequence of token ids -> how often it occurs
 ) -> Counter:  # (left id, right id) -> occurrences, overlapping ones included
-    "Count every pair of neighbours, weighted by how often its sequence occurs."
+    "Count every pair of neighbors, weighted by how often its sequence occurs."
     counts = Counter()
     for ids, n in words.items():
         for pair in pairwise(ids):
@@ -26,11 +34,12 @@ def count_pairs(
 # %% ../nbs/03_tokenization.ipynb #6af24220
 def merge_pair(
     ids: tuple[int, ...],  # a sequence of token ids
-    pair: tuple[int, int],  # the neighbours to join
+    pair: tuple[int, int],  # the neighbors to join
     new_id: int,  # what stands in their place
 ) -> tuple[int, ...]:  # the sequence after the merge
     "Replace a pair wherever it occurs, from left to right, without overlap."
-    merged, i = [], 0
+    merged = []
+    i = 0
     while i < len(ids):
         found = ids[i : i + 2] == pair
         merged.append(new_id if found else ids[i])
@@ -76,7 +85,7 @@ def encode_chunk(
     chunk: bytes,  # one piece that the split pattern cut
     ranks: dict[bytes, int],  # token -> rank
 ) -> list[int]:  # token ids
-    "Join the neighbours whose union has the lowest rank until none is a token."
+    "Join the neighbors whose union has the lowest rank until none is a token."
     parts = [chunk[i : i + 1] for i in range(len(chunk))]
     while len(parts) > 1:
         unions = [a + b for a, b in pairwise(parts)]

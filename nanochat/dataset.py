@@ -6,6 +6,13 @@
 __all__ = ['LEFTOVER_STARTS', 'LEFTOVER_ENDS', 'LEFTOVER_FOLDERS', 'HUB_SHARDS', 'HUB_URL', 'data_path', 'data_name', 'data_folder', 'is_leftover', 'list_files', 'is_text', 'validation_file', 'held_out', 'read_text_file', 'open_chunks', 'check_text_column', 'read_row_group', 'iter_documents', 'numbered_documents', 'streamed_rows', 'check_parquet', 'download', 'main']
 
 # %% ../nbs/06_training_process.ipynb #0ca1819e
+# A corpus is a folder of files (or one file), a file is a list of chunks (a row group of a
+# Parquet file; a whole text file), and a chunk is a list of documents, which are strings.
+# Documents are numbered through one epoch. A cursor is (epoch, documents passed) and is
+# enough to continue exactly there: the order of an epoch depends on its number alone.
+# Streams deal the numbers out like cards, `start` of every `step`. Validation text is a
+# pinned file where there is one, else about one document in twenty by its own hash; it
+# is never trained on. Memory holds one chunk at a time.
 import argparse
 import hashlib
 import importlib
@@ -211,7 +218,8 @@ def iter_documents(
                 f"the {split} split of {data_name(data)} has no text for stream "
                 f"{start} of {step}: add documents or use fewer streams"
             )
-        epoch, skip = epoch + 1, 0
+        epoch += 1
+        skip = 0
 
 # %% ../nbs/06_training_process.ipynb #c16c3cfb
 def numbered_documents(
@@ -332,7 +340,7 @@ def main() -> None:
         "-u", "--urls", default="", help="mirrors to download from, separated by commas"
     )
     args = parser.parse_args()
-    try:
+    try:  # without the package's own command line, which knows only the stages
         download(args.num_shards, args.workers, args.urls)
     except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

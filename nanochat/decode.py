@@ -50,6 +50,7 @@ class FixedCache(KVCache):
         self.v_cache = cache.v_cache[:, :rows, :span]
         # Each layer a tensor of its own: the compiler would copy the whole to change a part.
         self.layers = list(zip(self.k_cache, self.v_cache))
+        self.token_ids = cache.token_ids[:rows, : span + 1]
         self.cache_seqlens = cache.cache_seqlens[:rows]
         # `insert` returns max_pos + 1 positions. As a constant that is always the whole
         # span, and where each row really ends stands in `cache_seqlens` on the device.
@@ -141,8 +142,9 @@ class DecodeStep:
     @property
     def nbytes(self) -> int:
         "Bytes of the buffers."
-        parts = (self.cache.k_cache, self.cache.v_cache, self.tokens, self.logits)
-        return sum(part.nbytes for part in parts)
+        cache = self.cache
+        buffers = (cache.k_cache, cache.v_cache, cache.token_ids)
+        return sum(part.nbytes for part in (*buffers, self.tokens, self.logits))
 
     def holds(self, batch_size: int, capacity: int) -> bool:
         "Whether so many rows of so many positions fit."
@@ -177,6 +179,7 @@ class DecodeStep:
         for mine, theirs in pairs:
             for layer in range(len(mine)):  # at most one layer exists a third time
                 mine[layer, : len(rows), :n] = theirs[layer, :, :n][index]
+        self.cache.token_ids[: len(rows), : n + 1] = kv.token_ids[index, : n + 1]
         lengths = kv.cache_seqlens.tolist()
         self.set_lengths([lengths[r] for r in rows])
 

@@ -6,6 +6,13 @@
 __all__ = ['upcast', 'cast', 'RMSNorm', 'rms_norm', 'cross_entropy', 'nats_to_bits', 'sample_next', 'ReLU2', 'relu2', 'softcap']
 
 # %% ../nbs/02_mathematical_foundations.ipynb #795934c8
+# All are functions of tensors without parameters or state. Logits and losses are natural
+# logarithms, in nats; only `nats_to_bits` leaves that unit. Wherever a few numbers decide
+# everything (norms, losses, probabilities), half precision is promoted to float32 and
+# float64 stays, so that gradients can be checked. The functions with a backward pass of
+# their own keep their result and not their input, since the matrix that follows keeps
+# that result anyway. A target of -1 does not count. Randomness comes from a generator
+# that the caller seeds.
 import math
 
 import torch
@@ -49,7 +56,8 @@ class RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
-        g, y = upcast(grad), upcast(y)
+        g = upcast(grad)
+        y = upcast(y)
         along = torch.linalg.vecdot(g, y)[..., None] / y.size(-1)
         dx = torch.addcmul(g, y, along, value=-1) * scale
         return cast(dx, grad.dtype), None
@@ -68,7 +76,7 @@ def rms_norm(
 
 # %% ../nbs/02_mathematical_foundations.ipynb #02a79a38
 def cross_entropy(
-    logits: Tensor,  # (..., V) unnormalised log-probabilities
+    logits: Tensor,  # (..., V) unnormalized log-probabilities
     targets: Tensor,  # (...) int64 ids of the right answers; -1: no loss here
     reduction: str = "mean",  # "mean" over counted targets, "sum", or "none"
 ) -> Tensor:  # nats: a scalar, or (...) for "none"
@@ -107,7 +115,8 @@ def sample_next(
         raise UserError(f"top_k is {top_k}: use 1 or more, or None for all tokens")
     if temperature < 1e-6:  # 1 / temperature must stay finite in float32
         return logits.argmax(-1, keepdim=True)
-    z, ids = upcast(logits), None
+    z = upcast(logits)
+    ids = None  # of the columns of z; None: 0, 1, 2, ...
     if top_k:
         z, ids = z.topk(min(top_k, z.size(-1)))
     p = ((z - z.amax(-1, keepdim=True)) / temperature).softmax(-1)

@@ -6,6 +6,14 @@
 __all__ = ['CHUNK', 'MIN_ROWS', 'exponentials', 'logits_gradient', 'walk_rows', 'LinearCrossEntropy', 'linear_cross_entropy']
 
 # %% ../nbs/04_transformer_architecture.ipynb #0c1a7fcd
+# The logits of a batch, (N, V) in float32, would be its largest tensor by far. Since the
+# gradient of the loss by the logits is p - y, known as soon as they are, rows go through
+# the head in chunks, and each chunk gives its losses and its part of both gradients
+# before the next is made. N counts positions, all rows of a batch in a row; `rows` is the
+# height of the head, V and padding. Losses are in nats. `share` is what a row's loss
+# weighs in the result: known beforehand for a mean or a sum, so the gradients are made on
+# the way forward; else it comes with the backward pass, which walks the rows again.
+# Tensors that a comment calls "used up" are overwritten, to save memory.
 import torch
 from torch import Tensor
 
@@ -22,55 +30,68 @@ def exponentials(
     vocab_size: int,  # V; later columns are padding
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     "Cap a chunk of logits; return e^z, its row sums, losses, and half of tanh(logits / cap)."
-    z, bend = upcast(logits), None
+    z = upcast(logits)
+    half_tanh = None
     if cap:
-        bend = z.mul_(2 / cap).sigmoid_().sub_(0.5)
-        z = bend * (2 * cap)
+        # tanh x = 2 (sigmoid 2x - 1/2), and a processor is faster at the sigmoid.
+        half_tanh = z.mul_(2 / cap).sigmoid_().sub_(0.5)
+        z = half_tanh * (2 * cap)
     if not 0 < cap <= 60:  # else e^z can neither overflow nor vanish in float32
         z = z.sub_(z[:, :vocab_size].amax(-1, keepdim=True))
     right = z.gather(1, targets)
     e = z.exp_()
-    e[:, vocab_size:] = 0
+    e[:, vocab_size:] = 0  # padding can never be right
     total = e.sum(-1, keepdim=True)
-    return e, total, total.log() - right, bend
+    losses = total.log() - right
+    return e, total, losses, half_tanh
 
 # %% ../nbs/04_transformer_architecture.ipynb #a5214385
 def logits_gradient(
     e: Tensor,  # (N, rows) exponentials of the capped logits; used up
     total: Tensor,  # (N, 1) their sums
-    bend: Tensor | None,  # (N, rows) tanh(logits / cap) / 2; used up
+    half_tanh: Tensor | None,  # (N, rows) tanh(logits / cap) / 2; used up
     targets: Tensor,  # (N, 1) ids
     share: Tensor,  # (N, 1) weight of each row in the loss
 ) -> Tensor:  # (N, rows)
     "Return the derivative of the weighted loss by the logits: share * (p - y) * slope."
-    p, pull = e.mul_(share / total), -share
-    if bend is not None:  # the slope is 1 - tanh^2
-        pull = pull.addcmul(share, bend.gather(1, targets).square(), value=4)
-        p.addcmul_(p, bend.square_(), value=-4)
+    p = e.mul_(share / total)
+    pull = -share  # at the target, where y is 1
+    if half_tanh is not None:  # the slope of the cap is 1 - tanh^2
+        right = half_tanh.gather(1, targets)
+        pull = pull.addcmul(share, right.square(), value=4)
+        p.addcmul_(p, half_tanh.square_(), value=-4)
     return p.scatter_add_(1, targets, pull)
 
 # %% ../nbs/04_transformer_architecture.ipynb #26fc1752
 def walk_rows(
-    x: Tensor,  # (N, C) normalised stream
+    x: Tensor,  # (N, C) normalized stream
     weight: Tensor,  # (rows, C) the head
     targets: Tensor,  # (N,) ids, -1: no loss
     share: Tensor | None,  # (N,) weight of each row in the loss; None: no gradients
+    *,
     cap: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # losses (N,), dx, dweight
     "Compute losses, and the gradient of their weighted sum, a few rows at a time."
     losses = torch.empty_like(targets, dtype=upcast(x[:0]).dtype)
-    grads = share is not None
-    dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if grads else (None, None)
+    dx = dw = None
+    if share is not None:
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight)  # a sum over chunks, so in the weight's own dtype
     w = weight.to(x.dtype)
-    size = max(MIN_ROWS, CHUNK.get(x.device.type, 2**28) // len(weight))
-    for at in range(0, len(x), size):
-        rows, e, bend, dz = slice(at, at + size), None, None, None  # free them
-        target = targets[rows, None].clamp(min=0)
-        e, total, loss, bend = exponentials(x[rows] @ w.T, target, cap, vocab_size)
+    chunk_rows = max(MIN_ROWS, CHUNK.get(x.device.type, 2**28) // len(weight))
+    for start in range(0, len(x), chunk_rows):
+        # Forget the last chunk before the next is made: both would double the peak.
+        e = half_tanh = dz = None
+        rows = slice(start, start + chunk_rows)
+        target = targets[rows, None].clamp(
+            min=0
+        )  # -1 looks up 0, and counts for nothing
+        e, total, loss, half_tanh = exponentials(x[rows] @ w.T, target, cap, vocab_size)
         losses[rows] = loss[:, 0]
-        if grads:
-            dz = logits_gradient(e, total, bend, target, share[rows, None]).to(x.dtype)
+        if share is not None:
+            dz = logits_gradient(e, total, half_tanh, target, share[rows, None])
+            dz = dz.to(x.dtype)
             dx[rows] = dz @ w
             if dz.dtype == dw.dtype:
                 torch.addmm(dw, dz.T, x[rows], out=dw)  # one pass over dw less
@@ -84,36 +105,44 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, share, cap, vocab_size, train):
+        "Return the weighted sum of the losses, or each loss if there are no shares."
+        ctx.numbers = {"cap": cap, "vocab_size": vocab_size}
+        ctx.late = share is None  # the shares come with the backward pass
         early = share if train else None
-        losses, dx, dw = walk_rows(x, weight, targets, early, cap, vocab_size)
-        ctx.rest, ctx.late = (cap, vocab_size), share is None
-        ctx.save_for_backward(*((x, weight, targets) if ctx.late else (dx, dw)))
-        return losses if ctx.late else (losses * share).sum()
+        losses, dx, dw = walk_rows(x, weight, targets, early, **ctx.numbers)
+        if ctx.late:
+            ctx.save_for_backward(x, weight, targets)
+            return losses
+        ctx.save_for_backward(dx, dw)
+        return (losses * share).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        "Scale the gradients that are there already, or walk the rows again."
         if ctx.late:
             x, weight, targets = ctx.saved_tensors
             grad = grad.masked_fill(targets == -1, 0)
-            _, dx, dw = walk_rows(x, weight, targets, grad, *ctx.rest)
+            _, dx, dw = walk_rows(x, weight, targets, grad, **ctx.numbers)
         else:
             dx, dw = (d * grad for d in ctx.saved_tensors)
         return dx, dw, None, None, None, None, None
 
 # %% ../nbs/04_transformer_architecture.ipynb #b784f540
 def linear_cross_entropy(
-    x: Tensor,  # (..., C) normalised stream
+    x: Tensor,  # (..., C) normalized stream
     weight: Tensor,  # (rows, C) the head
     targets: Tensor,  # (...) int64 ids; -1: no loss here
     cap: float = 0.0,  # softcap of the logits; 0: none
     reduction: str = "mean",  # "mean" over counted targets, "sum", or "none"
+    *,
     vocab_size: int | None = None,  # V, if the head has rows beyond it
 ) -> Tensor:  # nats: a scalar, or (...) for "none"
     "Cross-entropy of a linear head with softcap, in the memory of a few rows."
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'")
-    flat, share = targets.reshape(-1), None
+    flat = targets.reshape(-1)
+    share = None
     if reduction != "none":
         share = upcast((flat != -1).to(x.dtype))
         if reduction == "mean":  # nothing counts: 0 and zero gradients, not 0/0

@@ -106,6 +106,7 @@ def full_side(
             x, gram = closer(x, gram, margin)
         # x becomes a x + (b G + c G^2) x, where G is the Gram matrix of x.
         factor = symmetric(gram, gram, plus=gram, beta=b, alpha=c)
+        del gram  # a stack less at the optimizer's peak
         x = torch.baddbmm(x, factor, x, beta=a)
     return x
 

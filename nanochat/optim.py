@@ -24,7 +24,8 @@ def roles(
         "embedding": name == "transformer.wte.weight" or "value_embeds." in name,
         "unembedding": name == "lm_head.weight",
         "matrix": name.startswith("transformer.h.") and weight.ndim == 2,
-        "scalar": weight.ndim < 2,
+        # Smear's gate is one row of a few numbers: no matrix that Muon could turn.
+        "scalar": weight.ndim < 2 or name == "smear_gate.weight",
     }
     return [role for role, claimed in claims.items() if claimed]
 

@@ -140,7 +140,7 @@ def test_kernels_of_this_machine_equal_the_twin(name, window, dtype, monkeypatch
         inputs = qkv(2, 70, 70, *heads, dtype=dtype)
         if name and misfit(name, *inputs[:2], window if window < 70 else 0):
             continue
-        f = lambda q, k, v: attend(q, k, v, None, window, 0.3, name)
+        f = lambda q, k, v: attend(q, k, v, None, window, scale=0.3, kernel=name)
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.3), inputs)
         close(graded(f, inputs), twin, dtype)
         if heads == (4, 2):

@@ -282,6 +282,7 @@ def test_conversations_must_alternate(roles):
 
 MODERN = {"n_layer": 4, "window_pattern": "SSSL", "short_window": 9}
 MODERN |= {"value_embeds": True, "stream_scalars": True, "qk_scale": 1.2}
+MODERN |= {"smear": True, "backout": True}
 SHAPES = [(4, 4, {}), (4, 2, {}), (4, 1, {}), (4, 2, MODERN)]
 LENGTHS = [3, 10, 17, 9]
 

@@ -230,8 +230,7 @@ def test_published_sizes(size):
     assert model.estimate_flops() == work
 
 
-# nanochat in March 2026: 32,768 tokens, value embeddings, scalars, windows. Its smear
-# and backout, which we lack, are 26 numbers more.
+# nanochat in July 2026: 32,768 tokens, value embeddings, scalars, windows, smear, backout.
 LATER_SIZES = [
     (12, "286261730", "110.1e6", "7.597e8"),
     (16, "536.9e6", "234.9e6", "1.5855e9"),
@@ -251,9 +250,11 @@ def test_later_sizes(depth, total, scaling, flops):
         short_window=512,
         value_embeds=True,
         stream_scalars=True,
+        smear=True,
+        backout=True,
     )
     counts = parameter_counts(config)
-    assert same_digits(counts["total"] + 26, total)
+    assert same_digits(counts["total"], total)
     matrices = sum(counts[m] for m in ("attention", "mlp", "gates", "lm_head"))
     assert same_digits(matrices, scaling)
     assert same_digits(flops_per_token(config), flops)
@@ -284,6 +285,9 @@ def test_cache_bytes_are_the_caches_bytes():
     cache = cache_for(model, 3)
     held = cache.k_cache.nbytes + cache.v_cache.nbytes
     assert kv_cache_bytes(model.config, 3, bytes_per_value=4) == held
+    with_ids = replace(model.config, smear=True)
+    held += cache.token_ids.nbytes
+    assert kv_cache_bytes(with_ids, 3, bytes_per_value=4) == held
 
 
 # ---- A config that makes no sense, ids that the tables lack
@@ -312,6 +316,8 @@ WRONG = [
         {"value_embeds": True, "gate_inputs": 769},
         "gate_inputs=769 must be between 1 and n_",
     ),
+    ({"smear": True, "smear_inputs": 0}, "smear_inputs=0 must be between 1 and n_"),
+    ({"smear": True, "smear_inputs": 769}, "smear_inputs=769 must be between 1 and"),
 ]
 
 
@@ -337,6 +343,9 @@ CONFIGS = {
     "gate_inputs": st.integers(0, 20),
     "stream_scalars": st.booleans(),
     "pad_vocab_to": st.integers(0, 64),
+    "smear": st.booleans(),
+    "smear_inputs": st.integers(0, 20),
+    "backout": st.booleans(),
 }
 
 
@@ -399,6 +408,9 @@ OPTIONS = {
     "short_window": 5,
     "softcap": 10.0,
     "pad_vocab_to": 16,
+    "smear": True,
+    "smear_inputs": 5,
+    "backout": True,
 }
 EACH = [{}, *({name: value} for name, value in OPTIONS.items()), OPTIONS]
 
@@ -454,7 +466,12 @@ def slow_twin(model: GPT, ids: torch.Tensor) -> torch.Tensor:
         torch.arange(n), 1 / c.rope_base ** (torch.arange(0, D, 2) / D)
     )[:, None]
     back = torch.arange(n)[:, None] - torch.arange(n)
-    x = start = rms_norm(w["transformer.wte.weight"][ids])
+    x = rms_norm(w["transformer.wte.weight"][ids])
+    if c.smear:  # e_t + lambda * sigmoid(w . e_t[:24]) * e_(t-1), from the second on
+        share = (x[..., : c.smear_inputs] @ w["smear_gate.weight"][0]).sigmoid()
+        share = (w["smear_lambda"] * share)[:, 1:, None]
+        x = torch.cat([x[:, :1], x[:, 1:] + share * x[:, :-1]], 1)
+    start, after = x, []
     for i in range(c.n_layer):
         if c.stream_scalars:
             x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * start
@@ -479,6 +496,9 @@ def slow_twin(model: GPT, ids: torch.Tensor) -> torch.Tensor:
         x = x + y @ w[h + "attn.c_proj.weight"].T
         up = relu2(rms_norm(x) @ w[h + "mlp.c_fc.weight"].T)
         x = x + up @ w[h + "mlp.c_proj.weight"].T
+        after.append(x)
+    if c.backout:
+        x = x - w["backout_lambda"] * after[c.n_layer // 2]
     z = (rms_norm(x) @ w["lm_head.weight"].T)[..., : c.vocab_size]
     return c.softcap * (z / c.softcap).tanh() if c.softcap else z
 
@@ -621,6 +641,9 @@ STEPS = [
     (4, 128, 4, 8, 128, 512, 1, {"window_pattern": "SSSL"}),
     (4, 128, 4, 2, 256, 512, 1, {"window_pattern": "SL"}),
     (3, 128, 4, 4, 128, 512, 1, {"softcap": 0.0}),
+    (2, 128, 4, 16, 128, 512, 1, {"smear": True}),
+    (2, 128, 4, 16, 128, 512, 1, {"backout": True}),
+    (4, 128, 4, 8, 128, 512, 2, {"smear": True, "backout": True}),
     (6, 128, 2, 4, 128, 512, 1, OPTIONS),
     (2, 256, 4, 8, 128, 1024, 2, OPTIONS),
 ]

@@ -168,7 +168,7 @@ def test_bad_text_is_explained(tmp_path):
     with pytest.raises(UserError, match="no column 'text'"):
         read("train", tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="fetch it again"):
+    with pytest.raises(UserError, match="download it again"):
         read("train", tmp_path)
     (tmp_path / "a.parquet").unlink()
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")

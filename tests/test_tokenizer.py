@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,47 @@ def test_special_tokens_have_ids_of_their_own(plain, special, says):
         RustBPETokenizer(plain.ranks, special=special)
 
 
+@pytest.mark.parametrize("special", [["<|bos|>"], "<|bos|>", {"<|bos|>"}])
+def test_special_tokens_are_a_table(plain, special):
+    with pytest.raises(UserError, match="special tokens are"):
+        RustBPETokenizer(plain.ranks, special=special)
+
+
+@pytest.mark.parametrize("token", ["ab", 3, None, b"", [97]])
+def test_tokens_are_bytes(plain, token):
+    with pytest.raises(UserError, match="token 256 is"):
+        RustBPETokenizer([*plain.ranks, token])
+
+
+@pytest.mark.parametrize("ranks", [None, 256, "abc", b"abc", {b"a": 0}])
+def test_ranks_are_a_list(ranks):
+    with pytest.raises(UserError, match="ranks are"):
+        RustBPETokenizer(ranks)
+
+
+def test_ranks_of_any_iterable(plain):
+    for same in (iter(plain.ranks), tuple(plain.ranks), (r for r in plain.ranks)):
+        assert RustBPETokenizer(same).fingerprint() == plain.fingerprint()
+
+
+def test_a_pattern_that_drops_text_is_named(plain):
+    with pytest.raises(UserError, match="matches nothing at byte 2"):
+        RustBPETokenizer(plain.ranks, "[a-z]+").encode("ab 12")
+
+
+def test_a_place_that_is_no_folder_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        RustBPETokenizer.from_directory(file)
+    for name in PRETRAINED:
+        with pytest.raises(UserError, match="does not exist"):
+            RustBPETokenizer.from_pretrained(name, file)
+    for name in (None, ["gpt2"], 3):
+        with pytest.raises(UserError, match="one of gpt2"):
+            RustBPETokenizer.from_pretrained(name, file)
+
+
 def test_a_tokenizer_without_bos_says_so(plain):
     bare = RustBPETokenizer(plain.ranks, special={})
     assert bare.decode(bare.encode("hi")) == "hi"
@@ -359,6 +401,11 @@ def test_the_crates_tokenizer_is_copied_and_pickled(tok):
 def test_one_string_is_no_corpus():
     with pytest.raises(UserError, match="put it in a list"):
         RustBPETokenizer.train_from_iterator("one string", 300)
+    for texts in (None, 3):
+        with pytest.raises(UserError, match="give a list of strings"):
+            RustBPETokenizer.train_from_iterator(texts, 300)
+    same = [RustBPETokenizer.train_from_iterator(DOCS, n) for n in (300, np.int64(300))]
+    assert same[0].fingerprint() == same[1].fingerprint()
     for size in ("300", 300.0, None, True):
         with pytest.raises(UserError, match="whole number"):
             RustBPETokenizer.train_from_iterator(DOCS, size)
@@ -722,11 +769,16 @@ def test_commands_name_mistakes(tmp_path, monkeypatch):
         tok_eval.compare_tokenizers(tok_eval.TokEvalConfig())
 
 
-def test_no_test_file_is_read(monkeypatch):
+def test_no_test_file_is_read():
     read = []
-    original = Path.read_text
-    spy = lambda self, *a, **k: read.append(self.name) or original(self, *a, **k)
-    monkeypatch.setattr(Path, "read_text", spy)
+    watching = True
+
+    def note(event: str, args: tuple) -> None:
+        if event == "open" and watching:
+            read.append(Path(str(args[0])).name)
+
+    sys.addaudithook(note)  # whatever opens a file; a hook cannot be taken off again
     assert sum(map(len, tok_train.chat_texts(tok_train.TokTrainConfig()))) > 1_000_000
     assert "words_train.txt" in read and "capitals_train.jsonl" in read
+    watching = False
     assert not [name for name in read if "test" in name]
