@@ -24,8 +24,15 @@ PACKAGE = ROOT / "nanochat"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from nbdev_reader import module_file, read, split_directives
 
-# Architecture is taught top-down: chapter 4 uses the box that chapter 5 opens.
-FORWARD_IMPORTS = {("gpt", "attention")}
+# Architecture is taught top-down: chapter 4 uses the box that chapter 5 opens. And a
+# training stage (chapter 6) is the joint between chapters: it takes the optimizer, the
+# measurement and the mixtures as boxes that chapters 7 and 9 open.
+FORWARD_IMPORTS = {
+    ("gpt", "attention"),
+    ("stage", "optim"),
+    ("stage", "loss_eval"),
+    ("stage", "tasks.mixtures"),
+}
 MACHINE = re.compile(r"/(root|work|home/\w+|tmp/\w+/src)/|/Users/\w")
 
 
