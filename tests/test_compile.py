@@ -31,6 +31,7 @@ from nanochat.stage import prepare
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(96, 200, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
 LATER = dict(window_pattern="SL", value_embeds=True, stream_scalars=True, qk_scale=1.2)
+LATER |= {"smear": True, "backout": True}
 OPTIONS = {
     "default": {},
     "later ideas": LATER | {"pad_vocab_to": 64, "n_kv_head": 1},

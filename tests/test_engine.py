@@ -613,6 +613,7 @@ def filled_cache(rows: int, lengths=None) -> KVCache:
     cache, g = KVCache(rows, 2, 64, 16, 4), torch.Generator().manual_seed(0)
     for part in (cache.k_cache, cache.v_cache):
         part.normal_(generator=g)
+    cache.token_ids.random_(1000, generator=g)
     cache.set_lengths(lengths or [50] * rows)
     return cache
 
@@ -624,16 +625,19 @@ def filled_cache(rows: int, lengths=None) -> KVCache:
 def test_rows_are_kept_without_asking_for_each(rows, ragged):
     cache = filled_cache(8, [50, 3, 20, 7, 9, 64, 1, 30] if ragged else None)
     keys, values = cache.k_cache.clone(), cache.v_cache.clone()
+    ids = cache.token_ids.clone()
     lengths = cache.cache_seqlens.tolist()
     with HostReads() as reads:
         keep_rows(cache, rows)
     assert reads.count == 0
     assert cache.cache_seqlens.tolist() == [lengths[r] for r in rows]
     assert cache.get_pos() == max([lengths[r] for r in rows], default=0)
+    assert len(cache.token_ids) == cache.k_cache.size(1) == len(rows)
     for to, row in enumerate(rows):
         n = lengths[row]
         assert cache.k_cache[:, to, :n].equal(keys[:, row, :n])
         assert cache.v_cache[:, to, :n].equal(values[:, row, :n])
+        assert cache.token_ids[to, : n + 1].equal(ids[row, : n + 1])
 
 
 def test_keeping_rows_takes_no_second_cache():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanochat import interop
 from nanochat.checkpoint import find_checkpoint, load_model, load_weights, save
 from nanochat.common import UserError, run_cli
-from nanochat.engine import Engine
+from nanochat.engine import Engine, decode_step, prefill
 from nanochat.gpt import GPTConfig
 from nanochat.hf import (
     byte_alphabet,
@@ -29,6 +29,7 @@ from nanochat.hf import (
     tokenizer_from_hf,
 )
 from nanochat.interop import adopt, load_foreign
+from nanochat.optim import setup_optimizer
 from nanochat.tokenizer import RustBPETokenizer, to_tiktoken
 
 ROOT = Path(__file__).parents[1]
@@ -433,10 +434,237 @@ def test_c_the_tokenizer_lies_where_nanochat_puts_it(tmp_path):
 
 
 @pytest.mark.parametrize("config", [{"window_pattern": "SSSL"}, {"smear_gates": 24}])
-def test_c_later_architectures_are_refused(tmp_path, config):
+def test_c_unknown_architectures_are_refused(tmp_path, config):
     nanochat_folder(tmp_path, random_model(), **config)
-    with pytest.raises(UserError, match="|".join(config)):
+    with pytest.raises(UserError, match="|".join(config)) as error:
         load_foreign(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# ---- (c) nanochat of July 2026, from its formulas
+
+JULY = dict(sequence_len=200, vocab_size=309, n_layer=5, n_head=4, n_kv_head=2)
+JULY |= {"n_embd": 64, "window_pattern": "SSSL"}
+LATE = ("resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda")
+
+
+def july_weights(c: dict) -> dict[str, torch.Tensor]:
+    "Random values under nanochat's names; the tables have 320 rows for 309 tokens."
+    C, L, rows = c["n_embd"], c["n_layer"], -(-c["vocab_size"] // 64) * 64
+    kv = C // c["n_head"] * c["n_kv_head"]
+    shapes = {"transformer.wte.weight": (rows, C), "lm_head.weight": (rows, C)}
+    shapes |= {"resid_lambdas": (L,), "x0_lambdas": (L,), "backout_lambda": (1,)}
+    shapes |= {"smear_gate.weight": (1, 24), "smear_lambda": (1,)}
+    for i in range(L):
+        h = f"transformer.h.{i}"
+        shapes |= {f"{h}.attn.c_{m}.weight": (kv, C) for m in "kv"}
+        shapes |= {f"{h}.attn.c_q.weight": (C, C), f"{h}.attn.c_proj.weight": (C, C)}
+        shapes |= {f"{h}.mlp.c_fc.weight": (4 * C, C)}
+        shapes |= {f"{h}.mlp.c_proj.weight": (C, 4 * C)}
+        if i % 2 == (L - 1) % 2:
+            shapes |= {f"value_embeds.{i}.weight": (rows, kv)}
+            shapes |= {f"{h}.attn.ve_gate.weight": (c["n_kv_head"], 12)}
+    dice = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:  # scalars near one, so that each of them matters
+            weights[name] = 0.5 + torch.rand(shape, generator=dice)
+        else:
+            weights[name] = torch.randn(shape, generator=dice) * shape[-1] ** -0.5
+    return weights
+
+
+def plain_norm(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()
+
+
+def july_attention(w: dict, c: dict, i: int, x, ids) -> torch.Tensor:
+    "Layer `i` of one row: (T, C) to (T, C), one query after the other."
+    D, L = c["n_embd"] // c["n_head"], c["n_layer"]
+    h, r = f"transformer.h.{i}.attn", plain_norm(x)
+    q, k, v = ((r @ w[f"{h}.c_{m}.weight"].T).unflatten(-1, (-1, D)) for m in "qkv")
+    if i % 2 == (L - 1) % 2:
+        gate = 3 * (r[:, :12] @ w[f"{h}.ve_gate.weight"].T).sigmoid()
+        v = v + gate[..., None] * w[f"value_embeds.{i}.weight"][ids].view_as(v)
+    slow = 100_000.0 ** (-torch.arange(0, D, 2) / D)
+    angle = torch.outer(torch.arange(len(ids)), slow)
+    turn = torch.polar(torch.ones_like(angle), -angle)[:, None]  # by minus the angle
+    for y in (q, k):
+        pair = torch.complex(y[..., : D // 2], y[..., D // 2 :]) * turn
+        y[:] = 1.2 * plain_norm(torch.cat([pair.real, pair.imag], -1))
+    short = c["window_pattern"][i % len(c["window_pattern"])] == "S" and i < L - 1
+    back = -(-c["sequence_len"] // 4 // 128) * 128 if short else len(ids)
+    out = torch.empty_like(x)
+    for t in range(len(ids)):
+        seen = slice(max(0, t - back), t + 1)  # `back` positions and its own
+        for head in range(c["n_head"]):
+            shared = head * c["n_kv_head"] // c["n_head"]
+            score = k[seen, shared] @ q[t, head] / D**0.5
+            mixed = score.softmax(0) @ v[seen, shared]
+            out[t, head * D : (head + 1) * D] = mixed
+    return out @ w[f"{h}.c_proj.weight"].T
+
+
+def july_logits(w: dict, c: dict, ids: torch.Tensor) -> torch.Tensor:
+    "What nanochat of July 2026 computes for one row of ids, from its formulas."
+    e = plain_norm(w["transformer.wte.weight"][ids])
+    x = e.clone()
+    for t in range(1, len(ids)):
+        share = (w["smear_gate.weight"][0] @ e[t, :24]).sigmoid()
+        x[t] += w["smear_lambda"][0] * share * e[t - 1]
+    start, after = x, []
+    for i in range(c["n_layer"]):
+        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * start
+        x = x + july_attention(w, c, i, x, ids)
+        h = f"transformer.h.{i}.mlp"
+        up = (plain_norm(x) @ w[f"{h}.c_fc.weight"].T).relu().square()
+        x = x + up @ w[f"{h}.c_proj.weight"].T
+        after.append(x)
+    x = plain_norm(x - w["backout_lambda"] * after[c["n_layer"] // 2])
+    z = (x @ w["lm_head.weight"].T)[:, : c["vocab_size"]]
+    return 15 * (z / 15).tanh()
+
+
+def write_july(folder: Path, config: dict, weights: dict) -> Path:
+    "Lay a checkpoint out as nanochat does, the tokenizer apart; return its folder."
+    here, home = folder / "base_checkpoints" / "d5", folder / "tokenizer"
+    for place in (here, home):
+        place.mkdir(parents=True)
+    torch.save(weights, here / "model_000650.pt")
+    meta = {"step": 650, "val_bpb": 1.0, "model_config": config, "loop_state": {}}
+    (here / "meta_000650.json").write_text(json.dumps(meta, indent=2))
+    ours = RustBPETokenizer(tiny_tokenizer().ranks[:300])
+    (home / "tokenizer.pkl").write_bytes(pickle.dumps(to_tiktoken(ours)))
+    torch.save(torch.zeros(309, dtype=torch.int32), home / "token_bytes.pt")
+    return here
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_layer": 4, "n_kv_head": 1}, {"n_layer": 1}]
+)
+@pytest.mark.parametrize("pattern", ["SSSL", "sl", "L"])
+@torch.inference_mode()
+def test_c_a_checkpoint_of_july_2026_computes_its_formulas(tmp_path, changes, pattern):
+    config = JULY | changes
+    weights = july_weights(config)
+    saved = {f"_orig_mod.{name}": w for name, w in weights.items()}
+    for name in saved:  # tables are kept in bfloat16 on a GPU
+        if "wte" in name or "value_embeds" in name:
+            saved[name] = saved[name].bfloat16()
+            weights[name.removeprefix("_orig_mod.")] = saved[name].float()
+    folder = write_july(tmp_path, config | {"window_pattern": pattern}, saved)
+    model, tokenizer = load_foreign(folder)
+    assert tokenizer.get_vocab_size() == model.config.vocab_size == 309
+    assert len(model.lm_head.weight) == 309 and model.config.smear
+    dice = torch.Generator().manual_seed(1)
+    ids = torch.randint(309, (200,), generator=dice)  # more than a window of 129
+    expected = july_logits(weights, config | {"window_pattern": pattern.upper()}, ids)
+    torch.testing.assert_close(model(ids[None])[0], expected, rtol=0, atol=2e-5)
+    one = model(ids[None, :1])[0]
+    torch.testing.assert_close(one, expected[:1], rtol=0, atol=2e-5)
+    last, cache = prefill(model, [ids[:150].tolist()], 200)
+    torch.testing.assert_close(last[0], expected[149], rtol=0, atol=2e-5)
+    for t in range(150, 155):
+        logits = decode_step(model, [int(ids[t])], cache)
+        torch.testing.assert_close(logits[0], expected[t], rtol=0, atol=2e-5)
+
+
+def test_c_a_july_model_is_adopted_trained_and_not_exported(home, tmp_path):
+    folder = write_july(tmp_path / "theirs", JULY, july_weights(JULY))
+    model, tokenizer = load_foreign(folder)
+    adopt(model, tokenizer, "base", "july")
+    again, _, _ = load_model("base", torch.device("cpu"))
+    ids = torch.randint(309, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(again(ids), model(ids))
+    optimizer = setup_optimizer(again.train())
+    before = {n: p.detach().clone() for n, p in again.named_parameters()}
+    again(ids, ids).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[n]) for n, p in again.named_parameters())
+    with pytest.raises(UserError, match=r"smear=True, backout=True: not exported"):
+        export_hf(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lost", [*LATE, "value_embeds", "ve_gate"])
+def test_c_a_model_from_between_is_refused(tmp_path, lost):
+    weights = july_weights(JULY)
+    kept = {name: w for name, w in weights.items() if lost not in name.split(".")}
+    assert len(kept) < len(weights)
+    folder = write_july(tmp_path, JULY, kept)
+    with pytest.raises(UserError, match="between January and March 2026") as error:
+        load_foreign(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_c_an_odd_shape_in_a_july_model_is_named(tmp_path):
+    weights = july_weights(JULY)
+    weights["smear_gate.weight"] = torch.zeros(1, 32)
+    folder = write_july(tmp_path, JULY, weights)
+    with pytest.raises(UserError, match=r"smear_gate.weight: found \(1, 32\)"):
+        load_foreign(folder)
+
+
+# ---- (c) rows for no token
+
+
+@pytest.fixture
+def short_tokenizer():
+    "309 tokens: rounded up to a multiple of 64 they are 320."
+    return RustBPETokenizer(tiny_tokenizer().ranks[:300])
+
+
+def test_c_a_padded_vocabulary_of_nanochat_is_cut(tmp_path, short_tokenizer):
+    "The first architecture, with tables that have eleven rows too many."
+    theirs = random_model("mha", vocab_size=309, pad_vocab_to=64)
+    with torch.no_grad():  # what the surplus rows say would win, if it were heard
+        theirs.lm_head.weight[309:] = 100.0
+    nanochat_folder(tmp_path, theirs, dtype=torch.float32)
+    pickled = pickle.dumps(to_tiktoken(short_tokenizer))
+    (tmp_path / "tokenizer.pkl").write_bytes(pickled)
+    model, tokenizer = load_foreign(tmp_path)
+    assert len(model.lm_head.weight) == 309 == tokenizer.get_vocab_size()
+    ids = random_ids(33).clamp(max=308)
+    with torch.inference_mode():
+        assert model(ids).shape == (2, 33, 309)
+        assert torch.equal(model(ids), theirs(ids))
+    tokens = list(model.generate([1, 2], 100, temperature=3.0))
+    assert max(tokens) < 309 and len(set(tokens)) > 50
+    export_hf(model, tokenizer, tmp_path / "out")  # and is now an ordinary model
+
+
+def test_c_a_padded_vocabulary_of_transformers_is_cut(tmp_path, short_tokenizer):
+    "A converted model has logits for the surplus rows; ours has the others, equal."
+    whole = random_model("gqa")  # 320 rows
+    export_hf(whole, tiny_tokenizer(), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf_tokenizer(short_tokenizer)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model, _ = load_foreign(tmp_path)
+    ids = random_ids(33).clamp(max=308)
+    with torch.inference_mode():
+        expected = theirs(ids).logits[..., :309]
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [300, 280, 265])
+def test_c_a_tokenizer_of_another_model_is_still_refused(tmp_path, learned):
+    "nanochat tells its number of tokens: 320 of them are not 309 and some padding."
+    nanochat_folder(tmp_path, random_model())
+    other = RustBPETokenizer(tiny_tokenizer().ranks[:learned])
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(to_tiktoken(other)))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_foreign(tmp_path)
+
+
+def test_c_only_numbered_steps_are_steps(tmp_path):
+    folder = nanochat_folder(tmp_path, random_model())
+    (folder / "model_best.pt").write_bytes(b"notes")
+    (folder / "model_1000000.pt").write_bytes((folder / "model_000002.pt").read_bytes())
+    with pytest.raises(UserError, match=r"meta_1000000.json"):
+        load_foreign(folder)
+    (folder / "model_1000000.pt").unlink()
+    check_same_logits(random_model(), load_foreign(folder)[0], atol=0.1)
 
 
 @pytest.mark.parametrize("victim", ["model_000650.pt", "tokenizer.pkl"])

@@ -525,6 +525,24 @@ def test_options_token_by_token(fields):
     torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_smear_finds_the_token_before_in_a_copied_and_in_a_grown_cache():
+    model, ids = model_with({"smear": True, "backout": True}), random_ids(1)
+    whole = model(ids)
+    one = KVCache(1, 2, 4, 8, 4, grow=True)
+    parts = [model(ids[:, :3], kv_cache=one), model(ids[:, 3:6], kv_cache=one)]
+    assert one.k_cache.size(2) == 8 and one.token_ids.size(1) == 9
+    three = KVCache(3, 2, T, 8, 4)
+    three.prefill(one)
+    rest = model(ids[:, 6:].expand(3, -1), kv_cache=three)
+    for row in rest:
+        logits = torch.cat([*(part[0] for part in parts), row])
+        torch.testing.assert_close(logits, whole[0], rtol=1e-4, atol=1e-4)
+    three.reset()  # and nothing stands before the first token of a new text
+    again = model(ids.expand(3, -1), kv_cache=three)
+    torch.testing.assert_close(again[1], whole[0], rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, T), min_size=1),

@@ -25,7 +25,7 @@ from gpu_sections.tools import (
 )
 from nanochat.attention import apply_rotary, gated, visible
 from nanochat.functional import cross_entropy, softcap
-from nanochat.gpt import GPT, GPTConfig, extra_values, weigh
+from nanochat.gpt import GPT, GPTConfig, extra_values, smear, take_back, weigh
 from nanochat.head import linear_cross_entropy
 
 VARIANTS = {  # fields of a config that differ from the default model
@@ -40,6 +40,8 @@ VARIANTS = {  # fields of a config that differ from the default model
         "short_window": 40,
         "value_embeds": True,
         "stream_scalars": True,
+        "smear": True,
+        "backout": True,
         "pad_vocab_to": 128,
     },
 }
@@ -87,13 +89,17 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     "Compute the loss with PyTorch's own operations only, in the model's dtype."
     c = model.config
     table = F.embedding(ids, model.transformer.wte.weight)
-    x = start = norm(table.to(model.dtype), c.norm_eps)
+    x = norm(table.to(model.dtype), c.norm_eps)
+    x = start = middle = smear(model, x, ids, None)
     for i, block in enumerate(model.transformer.h):
         x = weigh(model, i, x, start)
         extra = extra_values(model, i, ids)
         x = x + plain_attention(model, i, norm(x, c.norm_eps), extra)
         hidden = linear(norm(x, c.norm_eps), block.mlp.c_fc).relu().square()
         x = x + linear(hidden, block.mlp.c_proj)
+        if i == c.n_layer // 2:
+            middle = x
+    x = take_back(model, x, middle)
     logits = linear(norm(x, c.norm_eps), model.lm_head)[..., : c.vocab_size]
     logits = softcap(logits, c.softcap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
