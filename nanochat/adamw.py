@@ -6,6 +6,24 @@
 __all__ = ['Job', 'count_step', 'adamw_update', 'adamw_fused', 'adamw_rule', 'ranks', 'own_rows', 'reduce_scatter', 'all_gather', 'square_length', 'reduce_jobs', 'update_jobs', 'run_jobs', 'adamw_job', 'AdamW']
 
 # %% ../nbs/07_optimization.ipynb #0666b312
+# The protocol. A step of an optimizer runs in four phases, so that gradients and weights
+# travel while others are worked on. A job, for one parameter (AdamW) or for one stack of
+# equally shaped matrices (Muon), is a generator that pauses wherever it would wait:
+#
+#   phase                                              resumed by        yields
+#   1  start to sum the gradients over the ranks       next(job)         None
+#   2  wait for the sum and measure it                 next(job)         sum of squares
+#   3  scale it, update this rank's part, start to     job.send(scale)   None
+#      collect the other ranks' parts
+#   4  wait until those have arrived                   next(job, None)   -
+#
+# `reduce_jobs` runs phases 1 and 2 and returns the norm of all gradients together;
+# `update_jobs` runs 3 and 4. Whoever dislikes the norm drops the jobs in between: no
+# weight has changed. `scale` is a factor on every gradient, or None for no scaling.
+#
+# Invariants: all ranks make their jobs in the same order, so that their collectives meet;
+# afterwards all ranks hold the same weights; the averages of a part exist on the one rank
+# that updates it (AdamW: blocks of rows, see `own_rows`; Muon: whole matrices, `deal`).
 from collections.abc import Callable, Generator, Iterable
 
 import torch
@@ -38,6 +56,7 @@ def adamw_update(
     beta1, beta2 = group["betas"]
     bias1 = 1 - beta1 ** state["step"]
     bias2 = 1 - beta2 ** state["step"]
+    # Decay acts on the weight and never enters the averages: it is decoupled.
     p.mul_(1 - lr * group["weight_decay"])
     state["exp_avg"].lerp_(grad, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -127,7 +146,7 @@ def square_length(
 def reduce_jobs(
     jobs: list[Job],  # not yet started, in the same order on all ranks
 ) -> Tensor:  # norm of all gradients, summed over the ranks; equal on all ranks
-    "Sum the gradients over the ranks and measure them; no weight changes."
+    "Run phases 1 and 2: sum the gradients over the ranks and measure them."
     for job in jobs:
         next(job)
     squares = [next(job) for job in jobs]
@@ -141,7 +160,7 @@ def update_jobs(
     jobs: list[Job],  # that `reduce_jobs` has brought half way; empty afterwards
     scale: Tensor | None = None,  # factor on every gradient; None: leave them
 ) -> None:
-    "Update the weights and collect those of the other ranks."
+    "Run phases 3 and 4: update the weights and collect those of the other ranks."
     for job in jobs:
         job.send(scale)
     for job in jobs:
@@ -150,7 +169,7 @@ def update_jobs(
 
 
 def run_jobs(jobs: Iterable[Job]) -> None:
-    "Go all the way, round by round, so that the communication overlaps."
+    "Run all four phases, each for all jobs, so that the communication overlaps."
     jobs = list(jobs)
     reduce_jobs(jobs)
     update_jobs(jobs)
@@ -164,24 +183,38 @@ def adamw_job(
 ) -> Job:
     "Sum one gradient over the ranks, update this rank's rows, collect the others'."
     rank, world = ranks()
-    rows, grad, work = own_rows(p, rank, world), p.grad, None
+    rows = own_rows(p, rank, world)
+    mine = p if rows is None else p[rows]  # a view: updating it updates p
+
+    # Phase 1: start to sum.
+    work = None
     if rows is not None:
-        grad = torch.empty_like(p[rows])
+        grad = torch.empty_like(mine)
         work = reduce_scatter(grad, p.grad.contiguous())
     elif world > 1:
         grad = p.grad.clone()
         work = dist.all_reduce(grad, async_op=True)
+    else:
+        grad = p.grad
     yield
-    if work:
+
+    # Phase 2: measure. A gradient that every rank has in full must count only once.
+    if work is not None:
         work.wait()
-    scale = yield square_length([grad]) / (world if rows is None else 1)
-    grad = grad if scale is None else grad * scale
+    copies = world if rows is None else 1
+    scale = yield square_length([grad]) / copies
+
+    # Phase 3: update, and start to collect.
+    if scale is not None:
+        grad = grad * scale
     update = adamw_rule(p)
-    update(p if rows is None else p[rows], grad, state, group)
-    del grad
-    work = None if rows is None else all_gather(p, p[rows])
+    update(mine, grad, state, group)
+    del grad  # not kept while the other jobs update
+    work = None if rows is None else all_gather(p, mine)
     yield
-    if work:
+
+    # Phase 4: wait for the rest.
+    if work is not None:
         work.wait()
 
 # %% ../nbs/07_optimization.ipynb #520df7aa
