@@ -222,6 +222,7 @@ def run_chat_eval(
     tokenizer,
     engine,  # nanochat.engine.Engine of the same model
     config: ChatEvalConfig = ChatEvalConfig(),
+    *,
     name: str = "",  # shown while it runs
 ) -> dict[str, Any]:  # what `summarize` returns
     "Examine a model on one task; ranks take turns."
@@ -300,6 +301,7 @@ def open_tasks(
     if unknown := [name for name in names if name not in TASKS]:
         raise UserError(f"no task {unknown[0]!r}: choose from {' | '.join(TASKS)}")
 
+    # Only HumanEval runs what the model writes, and so depends on the room.
     tasks: dict[str, Task] = {}
     for name in names:
         if name != "HumanEval":
@@ -321,7 +323,7 @@ def evaluate_chat(
 ) -> dict[str, Any]:  # the section of the report
     "Examine a model on the tasks that the config names."
     results = {
-        name: run_chat_eval(task, model, tokenizer, engine, config, name)
+        name: run_chat_eval(task, model, tokenizer, engine, config, name=name)
         for name, task in open_tasks(config).items()
     }
     return {
