@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanochat.common.UserError': ('appendix_common.html#usererror', 'nanochat/common.py'),
                                  'nanochat.common.autodetect_device_type': ( 'appendix_common.html#autodetect_device_type',
                                                                              'nanochat/common.py'),
+                                 'nanochat.common.check_counts': ('appendix_common.html#check_counts', 'nanochat/common.py'),
                                  'nanochat.common.compute_cleanup': ('appendix_common.html#compute_cleanup', 'nanochat/common.py'),
                                  'nanochat.common.compute_dtype': ('appendix_common.html#compute_dtype', 'nanochat/common.py'),
                                  'nanochat.common.compute_init': ('appendix_common.html#compute_init', 'nanochat/common.py'),

@@ -16,7 +16,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from .common import Progress, UserError, get_dist_info, print0
+from nanochat.common import (
+    Progress,
+    UserError,
+    check_counts,
+    get_dist_info,
+    print0,
+)
 from .core_eval import centered, gather, refuse_nan
 from .execution import room_problem
 from .tasks.arc import ARC
@@ -112,16 +118,8 @@ class ChatEvalConfig:
     device: str = ""  # cpu, cuda or mps; empty: the fastest
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "num_samples"):
-            if (value := getattr(self, name)) < 1:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} is {value}: use at least 1")
-        if self.max_problems < 1 and self.max_problems != -1:
-            raise UserError(
-                f"--max-problems is {self.max_problems}: use at least 1, or -1 for all"
-            )
-        if self.top_k < 0:
-            raise UserError(f"--top-k is {self.top_k}: use 0 (no limit) or more")
+        counts = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1, "top_k": 0}
+        check_counts(self, counts | {"max_problems": 1}, all_of=("max_problems",))
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}: use 0 or more")
 

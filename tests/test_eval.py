@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from memory import peak_bytes
 
 from nanochat import chat_eval, core_eval, report
+from nanochat.base_eval import BaseEvalConfig
 from nanochat.chat_eval import (
     ChatEvalConfig,
     chat_core,
@@ -588,26 +589,38 @@ def test_unknown_task_is_named():
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "kind, options, said",
     [
-        ({"batch_size": 0}, "--batch-size is 0: use at least 1"),
-        ({"batch_size": -4}, "--batch-size is -4: use at least 1"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0: use at least 1"),
-        ({"num_samples": 0}, "--num-samples is 0: use at least 1"),
-        ({"max_problems": 0}, "--max-problems is 0: use at least 1, or -1 for all"),
-        ({"max_problems": -2}, "--max-problems is -2: use at least 1, or -1 for all"),
-        ({"top_k": -1}, "--top-k is -1"),
-        ({"temperature": -0.5}, "--temperature is -0.5"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
+        (ChatEvalConfig, {"batch_size": 0}, "--batch-size is 0: use at least 1"),
+        (ChatEvalConfig, {"batch_size": -4}, "--batch-size is -4: use at least 1"),
+        (ChatEvalConfig, {"max_new_tokens": 0}, "--max-new-tokens is 0: use at least"),
+        (ChatEvalConfig, {"num_samples": 0}, "--num-samples is 0: use at least 1"),
+        (
+            ChatEvalConfig,
+            {"max_problems": 0},
+            "--max-problems is 0: use at least 1, or",
+        ),
+        (ChatEvalConfig, {"max_problems": -2}, "--max-problems is -2: use at least 1"),
+        (ChatEvalConfig, {"top_k": -1}, "--top-k is -1: use at least 0"),
+        (ChatEvalConfig, {"temperature": -0.5}, "--temperature is -0.5: use 0 or more"),
+        (ChatEvalConfig, {"temperature": float("nan")}, "--temperature is nan"),
+        (BaseEvalConfig, {"device_batch_size": 0}, "--device-batch-size is 0"),
+        (BaseEvalConfig, {"eval_tokens": -1}, "--eval-tokens is -1: use at least 1"),
+        (BaseEvalConfig, {"bigram_chars": -5}, "--bigram-chars is -5: use at least 0"),
+        (BaseEvalConfig, {"core_items": 0}, "--core-items is 0: use at least 1, or -1"),
+        (BaseEvalConfig, {"core_items": -4}, "--core-items is -4: use at least 1"),
     ],
 )
-def test_counts_that_examine_nothing_are_refused(options, said, monkeypatch, capsys):
+def test_counts_that_examine_nothing_are_refused(
+    kind, options, said, monkeypatch, capsys
+):
     with pytest.raises(UserError, match=f"^{said}"):
-        ChatEvalConfig(**options)
+        kind(**options)
     words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    monkeypatch.setattr(sys, "argv", ["chat_eval", "--preset", "cpu", *words])
+    stage = {ChatEvalConfig: "chat_eval", BaseEvalConfig: "base_eval"}[kind]
+    monkeypatch.setattr(sys, "argv", [stage, "--preset", "cpu", *words])
     with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda config: None, ChatEvalConfig, "chat_eval")
+        run_cli(lambda config: None, kind, stage)
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stopped.value.code == 2 and said in told
 
