@@ -85,6 +85,18 @@ if ! "$python" -c "" 2>/dev/null; then
 fi
 command -v cc >/dev/null || need "a C compiler" gcc libc6-dev
 
+# The room in which HumanEval runs what a model wrote. All else works without it.
+if [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null; then
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        say "installing bubblewrap"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends bubblewrap; } >/dev/null \
+            || say "without bubblewrap HumanEval is left out"
+    else
+        say "without bubblewrap HumanEval is left out: sudo apt-get install -y bubblewrap"
+    fi
+fi
+
 # ---- 3. uv, from the virtual environment itself.
 if ! "$python" -m uv --version >/dev/null 2>&1; then
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null

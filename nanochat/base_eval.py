@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import load_model
 from nanochat.common import (
-    UserError,
+    check_counts,
     compute_init,
     get_dist_info,
     print0,
@@ -45,11 +45,8 @@ class BaseEvalConfig:
     device: str = ""  # cpu, cuda or mps; empty: the fastest
 
     def __post_init__(self):
-        for name in ("device_batch_size", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: use at least 1")
-        if self.core_items == 0 or self.core_items < -1:
-            raise UserError(f"core_items is {self.core_items}: use -1, or at least 1")
+        counts = {"device_batch_size": 1, "eval_tokens": 1, "core_items": 1}
+        check_counts(self, counts | {"bigram_chars": 0}, all_of=("core_items",))
 
 # %% ../nbs/09_evaluation.ipynb #ba5ee003
 def training_documents(data: str, num_chars: int) -> Iterator[str]:

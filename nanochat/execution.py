@@ -180,6 +180,7 @@ def run_program(
     unsafe: bool,  # without the room
 ) -> Ending:
     "Start an interpreter, feed it a program, and watch it to the end."
+    # The nonce waits in the line; only a program that comes to its end sends it back.
     nonce = secrets.token_bytes(16)
     ours, theirs = socket.socketpair()
     ours.sendall(nonce)
@@ -201,7 +202,10 @@ def run_program(
                 start_new_session=True,
             )
         timed_out = not finish(child, code, timeout)
-        said, stdout, stderr = answer(ours), head(out), head(err)
+        said = answer(ours)
+        stdout = head(out)
+        stderr = head(err)
+
     if not (said.startswith(STARTED) or timed_out):
         why = last_line(stderr) or f"exit code {child.returncode}"
         raise UserError(f"no program could be started: {why}")
@@ -244,7 +248,9 @@ def judge(
     timeout: float,  # seconds that the program had
 ) -> ExecutionResult:
     "Turn what was observed into a result with a one-line reason."
-    stdout, stderr, code = ending.stdout, ending.stderr, ending.returncode
+    stdout = ending.stdout
+    stderr = ending.stderr
+    code = ending.returncode
     if ending.reached and not ending.timed_out:
         return ExecutionResult(True, stdout, stderr)
 
@@ -275,6 +281,8 @@ def room_problem() -> str:  # empty: the room works
     if shutil.which("bwrap") is None:
         remedy = "apt install bubblewrap (Debian, Ubuntu) or dnf install bubblewrap"
         return f"{rule}, and it is not installed: {remedy}, {risk}"
+
+    # It is there; whether it may build a room here, only a try can tell.
     try:
         ending = run_program("import json", timeout=30, memory=2**28, unsafe=False)
         if ending.reached:

@@ -2,6 +2,7 @@
 
 python -m scripts.chat_eval --source sft
 python -m scripts.chat_eval --source rl --tasks "Arithmetic|Spelling"
+python -m scripts.chat_eval --tasks HumanEval   runs generated code, inside bubblewrap
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval --source sft
 """
 

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import socket
+import statistics
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch.multiprocessing as mp
 from memory import peak_bytes
 
 from nanochat import chat_eval, core_eval, report
+from nanochat.base_eval import BaseEvalConfig
 from nanochat.chat_eval import (
     ChatEvalConfig,
     chat_core,
@@ -22,7 +26,7 @@ from nanochat.chat_eval import (
     run_chat_eval,
     wilson,
 )
-from nanochat.common import UserError, compute_cleanup, compute_init
+from nanochat.common import UserError, compute_cleanup, compute_init, run_cli
 from nanochat.core_eval import (
     CoreTask,
     Span,
@@ -40,6 +44,7 @@ from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.common import ChoiceTask, Task
 from nanochat.tokenizer import RustBPETokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = RustBPETokenizer([bytes([i]) for i in range(256)])
 V = TOKENIZER.get_vocab_size()
 
@@ -285,6 +290,70 @@ class Fluent:
         return logits
 
 
+def nested_tasks():
+    "Items one of whose parts begins, ends or equals another; right is the last one."
+    pairs = [["a", "ab"], ["ab", "a"], ["a", "a"], ["", "a"], ["b", "bc", "bcd"]]
+    for choices in pairs:
+        item = {"query": "one two", "choices": choices, "gold": len(choices) - 1}
+        yield CoreTask("mc", "multiple_choice", [item], 0, " ", 0.5)
+    for contexts in (["x he", "x she"], ["so", "so"]):
+        item = {"context_options": contexts, "continuation": "", "gold": 1}
+        yield CoreTask("schema", "schema", [item], 0, " ", 0.5)
+
+
+@pytest.mark.parametrize("task", list(nested_tasks()))
+@pytest.mark.parametrize("seed", range(3))
+def test_an_option_that_begins_another_is_scored_as_a_whole(task, seed):
+    model = tiny_model(seed)
+    texts, gold = core_eval.render_options(task, 0)
+    spans = core_eval.option_spans(task, texts, TOKENIZER, 128)
+    scores = [nats for nats, _ in core_eval.score_spans(model, spans)]
+    assert all(math.isfinite(nats) for nats in scores)
+    if task.kind == "multiple_choice":  # the whole continuation, delimiter included
+        expected = [slowly(model, w, len(w) - len(c))[0] for c, w in texts]
+        assert scores == pytest.approx(expected, abs=1e-5)
+    assert evaluate_task(model, TOKENIZER, task) == [scores.index(min(scores)) == gold]
+
+
+def test_the_first_option_does_not_win_by_being_short():
+    "The model continues with b; offered first, the prefix was right whatever it said."
+    item = {"query": "x", "choices": ["a", "ab"], "gold": 0}
+    task = CoreTask("mc", "multiple_choice", [item], 0, "", 0.5)
+    assert evaluate_task(Fluent("ab"), TOKENIZER, task) == [False]
+
+
+def test_an_empty_option_is_named():
+    items = {
+        "multiple_choice": {"query": "who", "choices": ["", "me"], "gold": 0},
+        "schema": {"context_options": ["a", "b"], "continuation": "", "gold": 0},
+        "language_modeling": {"context": "who", "continuation": ""},
+    }
+    for kind, item in items.items():
+        task = CoreTask("odd one", kind, [item], 0, "", 0.0)
+        with pytest.raises(UserError, match="'odd one' has an empty option behind"):
+            evaluate_task(tiny_model(), TOKENIZER, task)
+
+
+def test_nan_never_chooses():
+    model = tiny_model()
+    model.lm_head.weight.data[:] = float("nan")
+    for task in core_tasks():
+        with pytest.raises(UserError, match="scores are NaN"):
+            evaluate_task(model, TOKENIZER, task)
+    with pytest.raises(UserError, match="scores are NaN"):
+        grade_categorical(Letters(), range(3), TOKENIZER, model)
+
+
+def test_chance_is_that_of_the_samples():
+    for task in core_eval.load_samples():
+        if task.label == "boolq":  # DCLM's: what always saying yes would earn
+            yes = sum(item["gold"] for item in task.items) / len(task.items)
+            assert task.chance == pytest.approx(yes, abs=0.01)
+        elif task.kind == "multiple_choice":
+            sizes = [len(item["choices"]) for item in task.items]
+            assert task.chance == pytest.approx(1 / statistics.median(sizes))
+
+
 def test_language_modeling_needs_every_token():
     items = [
         {"context": "ab", "continuation": "cd"},
@@ -517,6 +586,76 @@ def test_unknown_task_is_named():
         chat_eval.evaluate_chat(
             model, TOKENIZER, Engine(model, TOKENIZER), ChatEvalConfig(tasks="Chess")
         )
+
+
+@pytest.mark.parametrize(
+    "kind, options, said",
+    [
+        (ChatEvalConfig, {"batch_size": 0}, "--batch-size is 0: use at least 1"),
+        (ChatEvalConfig, {"batch_size": -4}, "--batch-size is -4: use at least 1"),
+        (ChatEvalConfig, {"max_new_tokens": 0}, "--max-new-tokens is 0: use at least"),
+        (ChatEvalConfig, {"num_samples": 0}, "--num-samples is 0: use at least 1"),
+        (
+            ChatEvalConfig,
+            {"max_problems": 0},
+            "--max-problems is 0: use at least 1, or",
+        ),
+        (ChatEvalConfig, {"max_problems": -2}, "--max-problems is -2: use at least 1"),
+        (ChatEvalConfig, {"top_k": -1}, "--top-k is -1: use at least 0"),
+        (ChatEvalConfig, {"temperature": -0.5}, "--temperature is -0.5: use 0 or more"),
+        (ChatEvalConfig, {"temperature": float("nan")}, "--temperature is nan"),
+        (BaseEvalConfig, {"device_batch_size": 0}, "--device-batch-size is 0"),
+        (BaseEvalConfig, {"eval_tokens": -1}, "--eval-tokens is -1: use at least 1"),
+        (BaseEvalConfig, {"bigram_chars": -5}, "--bigram-chars is -5: use at least 0"),
+        (BaseEvalConfig, {"core_items": 0}, "--core-items is 0: use at least 1, or -1"),
+        (BaseEvalConfig, {"core_items": -4}, "--core-items is -4: use at least 1"),
+    ],
+)
+def test_counts_that_examine_nothing_are_refused(
+    kind, options, said, monkeypatch, capsys
+):
+    with pytest.raises(UserError, match=f"^{said}"):
+        kind(**options)
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    stage = {ChatEvalConfig: "chat_eval", BaseEvalConfig: "base_eval"}[kind]
+    monkeypatch.setattr(sys, "argv", [stage, "--preset", "cpu", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda config: None, kind, stage)
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stopped.value.code == 2 and said in told
+
+
+def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
+    monkeypatch.setattr(chat_eval, "room_problem", lambda: "no room")
+    with pytest.raises(UserError, match="no room"):
+        chat_eval.open_tasks(ChatEvalConfig(tasks="Arithmetic|HumanEval"))
+    names = list(chat_eval.open_tasks(ChatEvalConfig()))
+    assert names == [name for name in chat_eval.TASKS if name != "HumanEval"]
+    assert capsys.readouterr().out == "HumanEval is left out: no room\n"
+    unsafe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval", unsafe_code=True))
+    assert unsafe["HumanEval"].unsafe
+    monkeypatch.setattr(chat_eval, "room_problem", lambda: "")
+    safe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval"))
+    assert not safe["HumanEval"].unsafe
+
+
+def test_the_option_is_spelled_as_the_refusal_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["chat_eval", "--preset", "cpu", "--unsafe-code"])
+    run_cli(lambda config: seen.append(config), ChatEvalConfig, "chat_eval")
+    assert seen[0].unsafe_code and not ChatEvalConfig().unsafe_code
+
+
+def test_the_chapter_names_the_recorded_run():
+    record = json.loads((ROOT / "dev/records/speedrun_cpu.json").read_text("utf-8"))
+    sums = [
+        100 * record["sections"][f"chat_eval_{s}"]["tasks"]["Arithmetic"]["accuracy"]
+        for s in ("sft", "rl")
+    ]
+    steps = record["sections"]["chat_rl"]["steps"]
+    text = (ROOT / "nbs/09_evaluation.ipynb").read_text("utf-8")
+    assert steps == 80 and "eighty steps at 10 %, and its recorded run" in text
+    assert f"went from {sums[0]:.1f} to {sums[1]:.1f} %" in text
 
 
 # ---- report

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.dataset import data_path
-from nanochat.tasks import common
+from nanochat.execution import room_problem
+from nanochat.tasks import common, humaneval
 from nanochat.tasks.arc import ARC
 from nanochat.tasks.arithmetic import Arithmetic, in_test_split
 from nanochat.tasks.common import (
@@ -26,7 +27,7 @@ from nanochat.tasks.common import (
 from nanochat.tasks.customjson import CustomJSON
 from nanochat.tasks.facts import Capitals, Definitions, token_f1
 from nanochat.tasks.gsm8k import GSM8K, hash_answer, split_calculations
-from nanochat.tasks.humaneval import HumanEval
+from nanochat.tasks.humaneval import HumanEval, extract_code
 from nanochat.tasks.mmlu import MMLU
 from nanochat.tasks.smoltalk import SmolTalk
 from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
@@ -240,24 +241,89 @@ def test_copying_the_question_defines_nothing():
     assert passed / len(task) < 0.02
 
 
-def test_numbers_are_read_as_people_write_them():
+NUMBERS = {  # what stands in a reply -> the number that it is
+    "5": "5",
+    "-5": "-5",
+    "+3": "3",
+    "007": "7",
+    "0": "0",
+    "-0": "0",
+    "5.": "5",
+    ".5": "0.5",
+    "-.50": "-0.5",
+    "3.50": "3.5",
+    "1,234": "1234",
+    "1,000.50": "1000.5",
+    "12,345,678": "12345678",
+    "$5": "5",
+    r"\$5": "5",
+    "$ 5": "5",
+    "-$5": "-5",
+    "$-5": "-5",
+    r"-\$1,250.00": "-1250",
+    "€7": "7",
+    "\N{MINUS SIGN}5": "-5",
+    "\N{EN DASH}5": "-5",
+    "\N{NON-BREAKING HYPHEN}$.5": "-0.5",
+    "**42**": "42",
+    "**42**.": "42",
+    "`42`": "42",
+    "$42$": "42",
+    r"$\boxed{42}$": "42",
+    r"\(42\)": "42",
+    "(\N{MINUS SIGN}7)": "-7",
+    "5 %": "5",
+    "50%": "50",
+    "1/2": "0.5",
+    "-1/2": "-0.5",
+    "8/4": "2",
+    "1/3": "1/3",
+    "2/6": "1/3",
+    "1 1/2": "1.5",
+    "5 apples": "5",
+    "1.2.3": "1.2",
+}
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_a_number_is_read_however_it_is_written(text):
+    assert hash_answer(f"thus\n#### {text}") == NUMBERS[text]
+    assert hash_answer(f"####{text}\n") == NUMBERS[text]
+    assert last_number(f"It is {text}") == NUMBERS[text]
+
+
+def test_the_last_number_of_a_text():
     cases = {
-        "It is 1,234.": "1234",
-        "5.": "5",
-        "-7": "-7",
         "12-7": "7",
-        "3.50 dollars": "3.5",
-        "007": "7",
-        "no number": None,
+        "12\N{MINUS SIGN}7": "7",
+        "3\N{EN DASH}5": "5",
+        "gpt-2": "2",
+        "a - 5": "5",
+        "f(3)-5": "5",
+        "U.S.5": "5",
+        "so...5": "5",
+        "on 3/4/2024": "2024",
         "1, 2, 3": "3",
-        "0": "0",
+        "no number": None,
+        "10/0": "0",
+        "9" * 5000: "9" * 5000,
     }
     assert {text: last_number(text) for text in cases} == cases
 
 
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3))
+def test_equal_numbers_have_equal_spellings(value):
+    plain = last_number(f"{value:f}")
+    assert float(plain) == float(value)
+    assert plain == last_number(f"{value:,f}") == last_number(f"is ${value:f}00.")
+    assert plain == hash_answer(f"#### **{value:,f}**")
+
+
 def test_gsm8k_takes_the_last_mark():
     assert hash_answer("#### 3\n#### 1,250.") == "1250"
-    assert hash_answer("#### $5.00") == "5" and hash_answer("5") is None
+    assert hash_answer("#### 3\n#### ") == "3" and hash_answer("##### 3") == "3"
+    for nothing in ("5", "#### about 5", "#### ", "#### - 5"):  # a bullet or a minus?
+        assert hash_answer(nothing) is None
     parts = split_calculations("a <<1+1=2>>2 b << open")
     assert "".join(p["text"] for p in parts) == "a 1+122 b << open"
     assert [p["type"] for p in parts] == ["text", "python", "python_output", "text"]
@@ -274,13 +340,83 @@ def test_f1_is_symmetric_and_bounded(a, b):
 
 
 def test_humaneval_grades_by_running():
-    task = HumanEval(stop=2)
+    # The programs are known here, so a machine without a room can run them as well.
+    task = HumanEval(unsafe=bool(room_problem()), stop=12)
     for example in task:
         good = example["messages"][1]["content"]
         assert task.evaluate(example, good)
+        assert task.evaluate(example, good.replace("python", " Python3", 1))
         assert not task.evaluate(example, "```python\nimport sys; sys.exit(0)\n```")
         assert not task.evaluate(example, "```python\nimport os; os._exit(0)\n```")
-        assert not task.evaluate(example, good.replace("return", "return None and"))
+        name = example["entry_point"]
+        assert not task.evaluate(example, f"def {name}(*_): return None")
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_humaneval_says_whether_the_room_is_left_away(monkeypatch, unsafe):
+    asked = []
+
+    def execute_code(program, timeout, unsafe):
+        asked.append(unsafe)
+        return types.SimpleNamespace(success=True)
+
+    monkeypatch.setattr(humaneval, "execute_code", execute_code)
+    task = HumanEval(unsafe=unsafe)
+    assert task.evaluate(task[0], "x") and asked == [unsafe]
+    assert not HumanEval().unsafe
+
+
+CODE = 'def f(x):\n    """A fence:\n    ```\n    f(1)\n    ```\n    """\n    return x'
+LANGUAGES = [
+    "",
+    "python",
+    "py",
+    "python3",
+    "py3",
+    "Python",
+    "PYTHON",
+    "python3.11",
+    " python",
+    "python title='a.py'",
+    "{python}",
+    "{.python .numberLines}",
+    "python:a.py",
+]
+REPLIES = {
+    "tildes": f"~~~python\n{CODE}\n~~~",
+    "longer fence": f"````python\n{CODE}\n````",
+    "text around": f"Sure!\n\n```python\n{CODE}\n```\nDone. ```x``` is code.",
+    "no closing fence": f"```python\n{CODE}",
+    "closing fence at the end of a line": f"```python\n{CODE}```\nGood luck.",
+    "Windows line ends": f"```python\n{CODE}\n```".replace("\n", "\r\n"),
+    "no fence": CODE,
+    "inline code first": f"Use ```f```:\n```python\n{CODE}\n```",
+    "a shell first": f"```bash\npip install x\n```\n```python\n{CODE}\n```",
+    "output first": f"```\n1 2 3\n```\n```py\n{CODE}\n```",
+    "an example behind": f"```python\n{CODE}\n```\n```python\nprint(f(2) + g())\n```",
+    "a helper before": f"```python\nf_ = 3\n```\n```python\n{CODE}\n```",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_code_is_found_behind_every_spelling_of_python(language):
+    assert extract_code(f"Here:\n```{language}\n{CODE}\n```\n", "f") == CODE
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_code_is_found_in_the_replies_of_models(reply):
+    assert extract_code(REPLIES[reply], "f") == CODE
+
+
+def test_code_below_a_list_item_loses_its_indentation():
+    for indent in ("   ", "     ", "\t"):
+        block = "\n".join(indent + line for line in f"```py\n{CODE}\n```".split("\n"))
+        assert extract_code(f"1. First:\n\n{block}\n2. Then rest.", "f") == CODE
+
+
+@given(st.text("`~ \n\tpyx", max_size=80))
+def test_no_reply_breaks_the_search_for_code(text):
+    assert isinstance(extract_code(text, "f"), str)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +519,18 @@ def test_bad_conversations_are_named_by_line(tmp_path, line, message):
         CustomJSON(path)
     path.write_text(json.dumps({"messages": good}) + "\n")
     assert CustomJSON(path)[0]["messages"] == good
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
+    path = tmp_path / "mine.jsonl"
+    turns = [("user", f"a{separator}b"), ("assistant", f"c{separator}")]
+    good = [{"role": role, "content": text} for role, text in turns]
+    line = json.dumps(good, ensure_ascii=False)
+    assert separator in line
+    path.write_text(f"{line}\r\n  \n{line}\n{line}", encoding="utf-8", newline="")
+    task = CustomJSON(path)
+    assert [task[i]["messages"] for i in range(len(task))] == [good] * 3
 
 
 def test_unknown_names_are_user_errors(tmp_path):

@@ -80,9 +80,11 @@ def draw_calculations(
 ) -> list[tuple[int, int, str]]:  # operands and operator of each question
     "Draw the calculations of a data set; those of a test set are all different."
     rng = random.Random(f"arithmetic/{seed}/{split}")
-    seen, drawn = set(), []
+    seen: set[tuple[int, str, int]] = set()
+    drawn: list[tuple[int, int, str]] = []
     while len(drawn) < size:
         a, b, op = draw_calculation(rng, split == "test")
+        # a + b and b + a are one question; `in_test_split` sees it in the same way.
         key = (min(a, b), op, max(a, b))
         if split == "train" or key not in seen:
             seen.add(key)
@@ -105,7 +107,9 @@ class Arithmetic(Task):
         if split not in ("train", "test"):
             raise UserError(f"split {split!r}: Arithmetic has 'train' and 'test'")
         self.calculations = draw_calculations(split, size, seed)
-        self.split, self.seed, self.tool = split, seed, tool
+        self.split = split
+        self.seed = seed
+        self.tool = tool
 
     def num_examples(self) -> int:
         "As many as were asked for."
@@ -119,9 +123,12 @@ class Arithmetic(Task):
         question = rng.choice(PHRASINGS[op]).format(a=a, b=b, **words)
         result = {"+": a + b, "-": a - b, "*": a * b}[op]
         answer: Any = f"The answer is {result}."
-        if self.tool:
-            call = [("python", f"{a}{op}{b}"), ("python_output", str(result))]
-            answer = [{"type": t, "text": s} for t, s in [*call, ("text", answer)]]
+        if self.tool:  # the call, what the calculator returns, and the sentence
+            answer = [
+                {"type": "python", "text": f"{a}{op}{b}"},
+                {"type": "python_output", "text": str(result)},
+                {"type": "text", "text": answer},
+            ]
         messages = [{"role": "user", "content": question}]
         messages.append({"role": "assistant", "content": answer})
         return {"messages": messages, "answer": str(result), "calculation": (a, op, b)}

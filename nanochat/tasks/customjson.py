@@ -25,11 +25,13 @@ class CustomJSON(Task):
         super().__init__(**view)
         self.path = Path(path)
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read conversations {path}: {error}") from error
         self.conversations = [
-            self._parse(line, number) for number, line in enumerate(lines, 1) if line
+            self._parse(line, number)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
         ]
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:

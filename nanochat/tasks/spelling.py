@@ -30,7 +30,8 @@ class WordsTask(Task):
             raise UserError(f"split {split!r}: word lists are 'train' and 'test'")
         self.words = path.read_text(encoding="utf-8").split()
         random.Random(42).shuffle(self.words)
-        self.split, self.size = split, len(self.words) if size is None else size
+        self.split = split
+        self.size = len(self.words) if size is None else size
 
     def num_examples(self) -> int:
         "As many as were asked for; beyond the list the words come again."
@@ -80,6 +81,8 @@ class SpellingBee(WordsTask):
         )
         question = rng.choice(COUNT).format(letter=letter, word=word)
         count = word.count(letter)
+
+        # Spell, so that the letters are in view; call the tool; say the number.
         parts = [
             ("text", " ".join(word) + "\n"),
             ("python", f'"{word}".count("{letter}")'),
