@@ -28,10 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanochat.accounting import flops_per_token
 from nanochat.common import environment
-from nanochat.export import hf_config, hf_weights
 from nanochat.functional import cross_entropy, softcap
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.head import linear_cross_entropy
+from nanochat.hf import hf_config, hf_weights
 
 CONFIG = GPTConfig(512, 4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
 ROWS, REPEAT = 4, 9

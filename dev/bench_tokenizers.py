@@ -184,7 +184,7 @@ def worst(rival: str, name: str, folder: Path) -> dict:
 def prepare(folder: Path, data: str) -> int:
     "Write documents, ranks and tokenizer.json for the rivals; return the bytes of text."
     from nanochat.dataset import iter_documents
-    from nanochat.export import hf_tokenizer
+    from nanochat.hf import hf_tokenizer
     from nanochat.tokenizer import RustBPETokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

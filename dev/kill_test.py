@@ -32,6 +32,8 @@ from pathlib import Path
 
 import torch
 
+from nanochat.common import read_log
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -120,9 +122,11 @@ def state(stage: str, base: Path) -> dict[str, str]:  # file -> SHA-256
     meta = json.loads(found.pop("meta.json"))
     results = {k: v for k, v in meta["results"].items() if "seconds" not in k}
     found["results"] = json.dumps([meta["step"], results]).encode()
-    log = base / "runs" / ("rl.jsonl" if stage == "chat_rl" else f"{stage}.jsonl")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    curve = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    (log,) = (base / "runs" / stage).glob("*.jsonl")
+    curve = [
+        {name: value for name, value in record.items() if name not in CLOCK}
+        for record in read_log(log)
+    ]
     found["log"] = json.dumps(curve).encode()
     return {k: hashlib.sha256(v).hexdigest() for k, v in found.items()}
 

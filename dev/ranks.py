@@ -29,9 +29,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.common import environment
+from nanochat.config import OptimConfig
 from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import OptimConfig, setup_optimizer
+from nanochat.optim import setup_optimizer
 
 ROWS, T, V = 8, 32, 251  # rows of a step over all ranks, context, vocabulary
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

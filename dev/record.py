@@ -8,7 +8,8 @@ import subprocess
 import sys
 from datetime import date
 
-from nanochat.common import environment, get_base_dir
+from nanochat.common import environment, get_base_dir, read_log
+from nanochat.report import read_sections, stage_log
 
 
 def slim(section: dict) -> dict:
@@ -24,25 +25,26 @@ def slim(section: dict) -> dict:
 
 def curve(path) -> list:
     "Thin a log to about 150 points (step, loss or reward)."
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(r["step"], r.get("loss", r.get("reward"))) for r in records]
+    points = [(r["step"], r.get("loss", r.get("reward"))) for r in read_log(path)]
     points = [(step, round(y, 4)) for step, y in points if y is not None]
     return points[:: max(1, len(points) // 150)]
 
 
 def main(target: str) -> None:
     base = get_base_dir()
+    sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]
     record = {
         "command": "bash speedrun.sh",
         "date": date.today().isoformat(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "environment": environment(),
-        "sections": {
-            f.stem: slim(json.loads(f.read_text()))
-            for f in sorted((base / "report").glob("*.json"))
+        "sections": {stage: slim(section) for stage, section in sections.items()},
+        "curves": {
+            stage: curve(stage_log(base, stage, section))
+            for stage, section in sections.items()
+            if stage_log(base, stage, section).is_file()
         },
-        "curves": {f.stem: curve(f) for f in sorted((base / "runs").glob("*.jsonl"))},
     }
     with open(target, "w") as file:
         json.dump(record, file, indent=1, ensure_ascii=False)

@@ -142,6 +142,10 @@ install() {
 install || { say "trying again without the network" && install --offline; }
 if [ "$level" = dev ]; then
     cargo fetch -q --locked --manifest-path rustbpe/Cargo.toml
+    # The names that nbdev's commands had before version 3; many people type these.
+    for tool in export test clean; do
+        ln -sf "nbdev-$tool" "$venv/bin/nbdev_$tool"
+    done
 fi
 
 # ---- 6. Remember it.

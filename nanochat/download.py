@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KeepLinked', 'continue_part', 'verify', 'locked', 'NotThere', 'fetch_part', 'fetch', 'checksums', 'fetch_all']
 
-# %% ../nbs/06_training_process.ipynb #b9c80227
+# %% ../nbs/appendix_download.ipynb #b9c80227
 import errno
 import fcntl
 import hashlib
@@ -24,7 +24,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from .common import UserError
 
-# %% ../nbs/06_training_process.ipynb #fb8d0fd6
+# %% ../nbs/appendix_download.ipynb #fb8d0fd6
 class KeepLinked(HTTPRedirectHandler):
     "Follow redirects; keep what the hub says of a file before it sends us on."
 
@@ -58,7 +58,7 @@ def continue_part(
     sha256 = re.fullmatch(r'"?([0-9a-f]{64})"?', tag)
     return size and int(size), sha256[1] if sha256 else ""
 
-# %% ../nbs/06_training_process.ipynb #c0750a58
+# %% ../nbs/appendix_download.ipynb #c0750a58
 def verify(
     part: Path,
     size: int | None,  # bytes, if known
@@ -83,7 +83,7 @@ def verify(
         part.unlink()
         raise
 
-# %% ../nbs/06_training_process.ipynb #4f0b94d6
+# %% ../nbs/appendix_download.ipynb #4f0b94d6
 @contextmanager
 def locked(path: Path):  # of the lock file
     "Hold a lock that no other thread or process holds; it ends with its holder."
@@ -109,7 +109,7 @@ def locked(path: Path):  # of the lock file
                     path.unlink()
                 return
 
-# %% ../nbs/06_training_process.ipynb #c38830db
+# %% ../nbs/appendix_download.ipynb #c38830db
 class NotThere(UserError):
     "A server says that it has no such file."
 
@@ -152,7 +152,7 @@ def fetch_part(
     why = "; ".join(f"{base}: {error}" for base, error in failed.items())
     raise (NotThere if kind else UserError)(f"could not fetch {name}: {why}")
 
-# %% ../nbs/06_training_process.ipynb #36ad4783
+# %% ../nbs/appendix_download.ipynb #36ad4783
 def fetch(
     name: str,  # the file, under every base
     bases: list[str],  # URLs of mirrors, the preferred one first
@@ -171,7 +171,7 @@ def fetch(
             fetch_part(name, bases, folder, sha256, check, attempts, timeout, pause)
     return folder / name
 
-# %% ../nbs/06_training_process.ipynb #0a89920c
+# %% ../nbs/appendix_download.ipynb #0a89920c
 def checksums(bases: list[str], **options) -> dict[str, str]:  # name -> sha256
     "Read SHA256SUMS from the mirrors; empty if they have none."
     with tempfile.TemporaryDirectory() as folder:

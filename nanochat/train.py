@@ -84,15 +84,17 @@ class StopSignal:
 class Run:
     "Everything `train` is told besides model, optimizer and batches."
 
-    name: str  # of the log, e.g. "base_train"
+    name: str  # of the stage and its log, e.g. "base_train"
     num_steps: int
     micro_batches: int  # in a step, on this rank
     lr_scale: Callable[[int], float]  # step -> factor on every learning rate
     momentum: Callable[[int], float] | None = None  # step -> Muon's momentum
     evaluators: list = field(default_factory=list)  # (every, function() -> dict)
     save: Callable | None = None  # function(step, cursors, results)
+    amend: Callable | None = None  # function(results): add the last measurements
     save_every: int = -1  # steps; the last one is always saved
     start: int = 0  # steps already done
+    tag: str = ""  # of the run; each has a log of its own
     results: dict = field(default_factory=dict)  # latest measurements, seconds so far
     grad_clip: float = 0.0  # largest norm of the whole gradient; 0: any
     trackers: str = ""  # who is told besides the log, e.g. "tensorboard,wandb"
@@ -227,11 +229,14 @@ def train(
     run: Run,
 ) -> dict:  # the latest measurements
     "Take optimizer steps until the plan is fulfilled or somebody asks to stop."
-    log = RunLog(run.name, run.start, run.trackers, run.settings)
-    bar, cursors = Progress(run.num_steps, run.name, run.start), {}
+    log = RunLog(run.name, run.start, run.trackers, run.settings, tag=run.tag)
+    bar = Progress(run.num_steps, run.name, run.start)
+    cursors: dict = {}  # stream -> where it stands
     with log, StopSignal() as stop, quiet_gc():
         for step in range(run.start, run.num_steps):
             evaluate_due(run, step, log)
+
+            # Read, learn, write down what came of it.
             begun = time.perf_counter()
             micro = [next(batches) for _ in range(run.micro_batches)]
             cursors.update({str(b.stream): b.cursor for b in micro})
@@ -241,15 +246,21 @@ def train(
             log.write(step=step, **record)
             keep_score(run, record, seconds)
             show(bar, run, step, record)
-            due = run.save_every > 0 and (step + 1) % run.save_every == 0
+
+            # After the last step this happens below, also when asked to stop.
             if step + 1 == run.num_steps:
-                break  # measured and saved below, also when asked to stop
+                break
+            due = run.save_every > 0 and (step + 1) % run.save_every == 0
             if run.save and (stopping or due):
                 run.saved = run.save(step + 1, cursors, run.results)
                 gc.collect()
             if stopping:
                 raise KeyboardInterrupt
+
+        # Saved first: a measurement that fails must not cost the training.
+        if run.save and run.start < run.num_steps:
+            run.saved = run.save(run.num_steps, cursors, run.results)
         evaluate_due(run, run.num_steps, log)
-    if run.save:
-        run.save(run.num_steps, cursors, run.results)
+    if run.amend:
+        run.amend(run.results)
     return run.results

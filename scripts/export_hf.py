@@ -6,7 +6,7 @@ python -m scripts.export_hf --folder=my-model
 from dataclasses import dataclass
 
 from nanochat.common import run_cli
-from nanochat.export import export_hf
+from nanochat.hf import export_hf
 from nanochat.server import load_chat_model
 
 

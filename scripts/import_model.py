@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, run_cli
-from nanochat.importing import adopt, load_foreign
+from nanochat.interop import adopt, load_foreign
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from itertools import islice
 
 import pytest
 
+from nanochat.config import BaseConfig
 from nanochat.dataset import iter_documents
-from nanochat.plan import BaseConfig
 
 TINY = dict(
     depth=1,
@@ -53,7 +53,7 @@ def base_dir(tmp_path, monkeypatch, tokenizer):
 @pytest.fixture
 def base_model(base_dir, tiny):
     "The folder of a tiny pretrained model, `d1`."
-    from scripts.base_train import main
+    from nanochat.stage import pretrain
 
-    main(BaseConfig(**tiny))
+    pretrain(BaseConfig(**tiny))
     return base_dir / "base_checkpoints" / "d1"

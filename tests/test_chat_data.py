@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nanochat import checkpoint
 from nanochat.chat_data import chat_batches, row_stream
 from nanochat.common import UserError
+from nanochat.config import ChatConfig
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.plan import ChatConfig
 from nanochat.train import accumulate
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_a_batch_without_a_trained_token_does_no_harm(tokenizer):
 def test_own_conversations_join_and_too_long_ones_are_reported(
     base_model, base_dir, capsys
 ):
-    from scripts.mid_train import main
+    from nanochat.stage import midtrain as main
 
     own = base_dir / "own.jsonl"
     lines = [json.dumps(talk(i, 3, 40)) for i in range(30)]
@@ -166,6 +166,6 @@ def test_own_conversations_join_and_too_long_ones_are_reported(
 
 
 def len_of_mixture() -> int:
-    from scripts.mid_train import mixture
+    from nanochat.tasks.mixtures import open_mixture
 
-    return len(mixture("small", "train"))
+    return len(open_mixture("mid", ChatConfig())[0])

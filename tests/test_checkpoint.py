@@ -18,13 +18,14 @@ from test_train import losses, random_batch, weights_hash
 
 from nanochat import checkpoint, common
 from nanochat.common import RunLog, UserError
+from nanochat.config import BaseConfig
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
-from nanochat.plan import BaseConfig, model_config
+from nanochat.plan import model_config
+from nanochat.stage import find_resume
+from nanochat.stage import pretrain as main
 from nanochat.train import StopSignal, accumulate
-from scripts._stage import find_resume
-from scripts.base_train import main
 
 ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(
@@ -120,7 +121,7 @@ def trained():
 
 
 def write(folder: Path, step: int, trained, keep: int = 2) -> None:
-    cursors, meta = {"0": {"left": [step]}}, {"settings": "s", "results": {}}
+    cursors, meta = {"0": {"left": [step]}}, {"results": {}}
     checkpoint.save(folder, step, *trained, cursors, meta, keep)
 
 
@@ -204,14 +205,14 @@ def test_a_process_killed_anywhere_in_a_save_loses_nothing(
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
-        path, meta = find_resume(folder, "s", False)
+        path, meta = find_resume(folder, lambda meta: "")
         assert meta["step"] in ((10, 20) if case == "replaced" else (20, 30))
         other = GPT(SHAPE)
         checkpoint.load_training_state(path, other, setup_optimizer(other))
         if not os.WIFSIGNALED(status):
             break
         write(folder, 40, trained)
-        assert find_resume(folder, "s", False)[1]["step"] == 40
+        assert find_resume(folder, lambda meta: "")[1]["step"] == 40
         assert not list(folder.glob(".*"))
     print(f"killed at each of {at - 1} calls")
     assert 20 <= at - 1 < 199

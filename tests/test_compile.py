@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import nanochat.gpt
-from nanochat import compiling
+from nanochat import compiling, stage
 from nanochat.attention import set_kernel
 from nanochat.compiling import (
     check_compiled,
@@ -23,9 +23,10 @@ from nanochat.compiling import (
     small_config,
     small_model,
 )
+from nanochat.config import BaseConfig
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.plan import BaseConfig, model_config
-from scripts._stage import prepare
+from nanochat.plan import model_config
+from nanochat.stage import prepare
 
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(96, 200, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
@@ -237,9 +238,7 @@ def test_stages_compile_where_they_should(monkeypatch, wished):
     called = []
     model = tiny_model()
     for name in ("compiling", "_stage"):
-        module = (
-            compiling if name == "compiling" else __import__("scripts._stage")._stage
-        )
+        module = compiling if name == "compiling" else stage
         monkeypatch.setattr(module, "compile_model", lambda m: called.append(m) or m)
     prepare(model, BaseConfig(compile=wished))
     assert called == ([model] if wished else [])

@@ -1,4 +1,4 @@
-"""The data that ships with the package: hashes, sizes, layout, and no leak between splits."""
+"""The data that ships with the package, and the reader of anybody's own folder."""
 
 import hashlib
 import json
@@ -6,10 +6,19 @@ import re
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import nanochat
+from nanochat.common import UserError
+from nanochat.dataset import (
+    download,
+    iter_documents,
+    list_files,
+    read_text_file,
+    validation_file,
+)
 
 DATA = Path(nanochat.__file__).parent / "data"
 MANIFEST = json.loads((DATA / "manifest.json").read_text(encoding="utf-8"))
@@ -29,7 +38,9 @@ def ngrams(text: str, n: int = 13) -> set[int]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not `splitlines`: it also cuts at U+2028, which JSON allows inside a string.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -209,3 +220,112 @@ def test_every_licence_has_a_notice():
             assert base in notices or "bigbench_" in base, base
         elif name.startswith("chat/"):
             assert name.rsplit("_", 1)[0] in notices, name
+
+
+# ------------------------------------------------------- a folder of one's own
+
+LEFTOVERS = [
+    "._book.txt",
+    ".hidden.txt",
+    ".#book.txt",
+    "~$book.txt",
+    ".~lock.book.txt",
+    ".ipynb_checkpoints/book-checkpoint.txt",
+    ".git/description.txt",
+    "part/.cache/book.txt",
+    "book.txt~",
+    "#book.txt#",
+    "book.txt.tmp",
+    "book.txt.part",
+    "book.txt.lock",
+    "book.txt.bak",
+    ".book.txt.swp",
+    "half.tmp/book.txt",
+    "half.part/book.txt",
+    "old~/book.txt",
+    "__MACOSX/book.txt",
+    "out/_temporary/0/part-0.txt",
+    ".train.parquet.crc",
+    ".train.parquet",
+]
+
+
+def put(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_leftovers_are_not_read(tmp_path, name):
+    kept = put(tmp_path, "a/book.txt", "A book.")
+    put(tmp_path, name, "A leftover.")
+    assert list_files(str(tmp_path)) == [kept]
+    kept.unlink()
+    with pytest.raises(UserError, match="add some"):
+        list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["._book.txt", "~$book.txt", ".cache/book.txt"])
+def test_a_file_that_is_named_is_read(tmp_path, name):
+    path = put(tmp_path, name, "Asked for.")
+    assert list_files(str(path)) == [path]
+    # The rule looks below the folder that was named, not above it.
+    assert list_files(str(put(tmp_path, ".home/books/a.txt", "A.").parent)) == [
+        tmp_path / ".home/books/a.txt"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BOOK.TXT", "_book.txt", "book.part1.txt", "$book.txt", "a~b.txt", "1/2.txt"],
+)
+def test_ordinary_names_are_read(tmp_path, name):
+    path = put(tmp_path, name, "Text. " * 20)
+    assert list_files(str(tmp_path)) == [path]
+    assert read_text_file(path) == ["Text. " * 20]
+
+
+def test_two_validation_files_are_refused(tmp_path):
+    files = [put(tmp_path, f"{name}/val.txt", name) for name in "ab"]
+    with pytest.raises(UserError, match="both"):
+        validation_file(files)
+    assert validation_file(files[:1]) == files[0]
+
+
+def test_text_files_with_a_mark_and_other_separators(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfOne.\r\n\r\nTwo\xe2\x80\xa8lines\xc2\x85here.")
+    assert read_text_file(path) == ["One.\n\nTwo\u2028lines\x85here."]
+
+
+@pytest.mark.parametrize("values", [[1, 2], [1.5], [True], [["a"]], [None], [b"a"]])
+def test_a_column_that_is_no_text_is_refused(tmp_path, values):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": values}), path)
+    with pytest.raises(UserError, match="not text"):
+        list(iter_documents("train", data=str(path)))
+
+
+def test_columns_of_text_in_every_storage(tmp_path):
+    texts = [f"document {i}" for i in range(200)]
+    plain = pa.array(texts)
+    for n, column in enumerate(
+        [plain, plain.cast("large_string"), plain.dictionary_encode()]
+    ):
+        path = tmp_path / f"{n}.parquet"
+        pq.write_table(pa.table({"text": column}), path)
+        splits = [iter_documents(s, data=str(path)) for s in ("train", "val")]
+        assert sorted(t for split in splits for t, _ in split) == sorted(texts)
+
+
+def test_a_misspelled_split_is_refused():
+    with pytest.raises(UserError, match="'validation'"):
+        next(iter_documents("validation"))
+
+
+@pytest.mark.parametrize("counts", [(-2, 4), (8, 0), (8, -1)])
+def test_counts_of_a_download_are_checked(counts):
+    with pytest.raises(UserError, match="or more"):
+        download(*counts)

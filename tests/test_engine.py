@@ -27,7 +27,6 @@ from nanochat.engine import (
     prefill,
     push,
 )
-from nanochat.execution import execute_code
 from nanochat.server import ReplyReader, fit_conversation
 from nanochat.tools import use_calculator
 
@@ -204,48 +203,6 @@ def test_results_of_the_calculator():
 def test_the_calculator_never_raises(expression):
     result = use_calculator(expression)
     assert result is None or float(result) == float(result)
-
-
-CHEATS = [
-    "import os; os._exit(0)",
-    "import sys; sys.exit(0)",
-    "raise SystemExit",
-    "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
-    "import sys; sys.stdout.close(); import os; os.close(2); os._exit(0)",
-    "class E(BaseException): pass\nraise E",
-    "import os\nwhile os.fork(): os._exit(0)",
-]
-
-
-@pytest.mark.parametrize("cheat", CHEATS)
-def test_leaving_early_is_not_success(cheat):
-    result = execute_code(f"{cheat}\nassert False, 'tests'", timeout=5)
-    assert not result.success
-    assert result.error
-
-
-def test_limits_of_the_sandbox(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET", "42")
-    seen = execute_code("import os; print(os.environ.get('SECRET'), os.getcwd())")
-    assert seen.success and seen.stdout.startswith("None /")
-    assert execute_code("while True: pass", timeout=0.5).timeout
-    assert execute_code("import time; time.sleep(60)", timeout=0.5).timeout
-    assert execute_code("x = bytearray(10**9)").memory_exceeded
-    assert not execute_code("while True: print('x' * 1000)").success
-    assert len(execute_code("print('x' * 500_000)").stdout) == 64 * 1024
-
-
-def test_children_die_with_the_program(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time; time.sleep(1); open({str(mark)!r}, 'w')"
-    program = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
-    )
-    assert execute_code(program).success
-    import time
-
-    time.sleep(1.5)
-    assert not mark.exists()
 
 
 def test_text_arrives_in_whole_characters():

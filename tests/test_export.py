@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from chat_model import TEXT, tiny_model, tiny_tokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanochat.checkpoint import find_checkpoint, load_model, load_weights, save
 from nanochat.common import UserError, run_cli
 from nanochat.engine import Engine
-from nanochat.export import (
+from nanochat.gpt import GPTConfig
+from nanochat.hf import (
     byte_alphabet,
     export_hf,
     hf_config,
     hf_tokenizer,
     recover_merges,
+    tokenizer_from_hf,
 )
-from nanochat.gpt import GPTConfig
-from nanochat.importing import adopt, load_foreign, tokenizer_from_hf
+from nanochat.interop import adopt, load_foreign
 from nanochat.tokenizer import RustBPETokenizer, to_tiktoken
 from scripts import import_model
 
@@ -203,6 +205,40 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path):
         export_hf(tiny_model(vocab_size=400), tiny_tokenizer(), tmp_path)
 
 
+def test_a_only_an_earlier_export_is_replaced(folder, tmp_path):
+    "Somebody's files, one of them called config.json, stay as they are."
+    for name, text in {"config.json": "{}", "thesis.txt": "mine"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="name a new folder"):
+            export_hf(random_model(), tiny_tokenizer(), tmp_path)
+        assert (tmp_path / name).read_text() == text
+        assert len(list(tmp_path.iterdir())) == 1
+        (tmp_path / name).unlink()
+    export_hf(random_model("mha"), tiny_tokenizer(), tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    export_hf(random_model(), tiny_tokenizer(), tmp_path)
+    for file in folder.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == len(list(folder.iterdir())) + 1
+
+
+def test_a_failed_write_leaves_the_earlier_weights(tmp_path, monkeypatch):
+    export_hf(random_model(), tiny_tokenizer(), tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("os error 28")
+
+    monkeypatch.setattr("nanochat.hf.save_file", full)
+    with pytest.raises(UserError, match="cannot write the weights"):
+        export_hf(random_model("mha"), tiny_tokenizer(), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
 # ---- (b) from a Hugging Face folder to us
 
 
@@ -241,7 +277,15 @@ def test_b_older_spellings_are_read(copy):
         ({"model_type": "llama"}, "'llama'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"hidden_act": "silu", "new_gate": 3}, "hidden_act='silu', new_gate=3"),
+        ({"hidden_act": "silu", "mlp_bias": 1}, "mlp_bias=1, hidden_act='silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"sliding_window": 512}, "sliding_window=512"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_theta": "wide"}}, "no rope_theta"),
+        ({"hidden_size": 128.0}, "no hidden_size"),
+        ({"hidden_size": True}, "no hidden_size"),
+        ({"rms_norm_eps": float("nan")}, "no rms_norm_eps"),
         ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
         ({"hidden_size": 0}, "describes no model"),
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
@@ -258,6 +302,39 @@ def test_b_other_architectures_are_refused(copy, changes, message):
     edit(copy / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         load_foreign(copy)
+
+
+def test_b_whatever_transformers_writes_is_read(copy):
+    "All keys of the installed version's own config, defaults included, and unknown ones."
+    theirs = AutoModelForCausalLM.from_pretrained(copy)
+    everything = json.loads(theirs.config.to_json_string(use_diff=False))
+    known = json.loads((copy / "config.json").read_text())
+    assert len(everything.keys() - known.keys()) > 5
+    extra = {"attention_dropout": 0.1, "new_in_a_later_version": [1, 2], "cache": "x"}
+    extra |= {"layer_types": ["full_attention"] * 3, "rope_scaling": None}
+    (copy / "config.json").write_text(json.dumps(everything | extra))
+    check_same_logits(theirs, load_foreign(copy)[0])
+
+
+def test_b_absent_key_value_heads_are_as_many_as_query_heads(tmp_path):
+    folder = export_hf(random_model("mha"), tiny_tokenizer(), tmp_path)
+    edit(folder / "config.json", num_key_value_heads=None)
+    check_same_logits(random_model("mha"), load_foreign(folder)[0], atol=0)
+
+
+def test_b_merges_are_read_in_both_spellings(copy):
+    "Older files write a merge as one string; the tokenizers library reads both."
+    record = json.loads((copy / "tokenizer.json").read_text())
+    pairs = record["model"]["merges"]
+    record["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    (copy / "tokenizer.json").write_text(json.dumps(record))
+    ours = load_foreign(copy)[1]
+    assert ours.fingerprint() == tiny_tokenizer().fingerprint()
+    assert AutoTokenizer.from_pretrained(copy).encode(TEXT[0]) == ours.encode(TEXT[0])
+    for odd in ("ab", "a b c", ["a"], 3, None):
+        record["model"]["merges"] = [odd, *pairs]
+        with pytest.raises(UserError, match="tokenizer of our kind"):
+            tokenizer_from_hf(record, Path("tokenizer.json"))
 
 
 def test_b_surplus_merges_do_not_matter():
@@ -289,6 +366,8 @@ def spoilt_tokenizers():
         "special tokens",
         lambda r: r["added_tokens"].append({"id": 320, "content": "<|x|>"}),
     )
+    yield "options", lambda r: r["model"].update(dropout=0.1)
+    yield "options", lambda r: r["model"].update(ignore_merges=True)
     yield "our kind", lambda r: r["added_tokens"].pop()
     yield "our kind", lambda r: r.update(model={"type": "Unigram"})
     yield "our kind", lambda r: r.update(pre_tokenizer=None)
@@ -483,6 +562,24 @@ def test_e_another_tokenizer_is_kept(home, folder):
     with pytest.raises(UserError, match="holds a checkpoint"):
         adopt(model, tokenizer)
     assert adopt(model, tokenizer, "rl", "mine").parent.name == "mine"
+
+
+def test_e_overwriting_removes_only_checkpoints(home, folder):
+    model, tokenizer = load_foreign(folder)
+    run = home / "sft_checkpoints" / "d3"
+    for step in (5, 10):
+        save(run, step, random_model("mha"))
+    for name in ("notes.txt", "curves/loss.png"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    assert adopt(model, tokenizer, overwrite=True) == run / "step_000000"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "curves",
+        "notes.txt",
+        "step_000000",
+    ]
+    assert (run / "curves" / "loss.png").read_text() == "mine"
+    check_same_logits(load_model("sft", torch.device("cpu"))[0], model, atol=0)
 
 
 @pytest.mark.parametrize(

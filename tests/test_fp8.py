@@ -6,9 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
-from nanochat import fp8
+from nanochat import fp8, stage
 from nanochat.attention import Linear
 from nanochat.common import UserError
+from nanochat.config import BaseConfig, ChatConfig, weight_settings
+from nanochat.dry_run import walk
 from nanochat.fp8 import (
     BACKWARD,
     FORWARD,
@@ -23,11 +25,8 @@ from nanochat.fp8 import (
     use_fp8,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.plan import BaseConfig, ChatConfig
-from scripts import _stage
-from scripts._dry_run import walk
-from scripts._stage import begin, weight_settings
-from scripts.base_train import main
+from nanochat.stage import begin
+from nanochat.stage import pretrain as main
 
 SHAPE = GPTConfig(32, 64, n_layer=2, n_head=2, n_kv_head=1, n_embd=128)
 
@@ -243,7 +242,7 @@ def test_it_is_an_option_that_older_runs_did_not_have(kind):
 
 
 def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(_stage, "fp8_works", lambda device: "")
+    monkeypatch.setattr(stage, "fp8_works", lambda device: "")
     tiny |= {"depth": 2, "num_iterations": 3}
     main(BaseConfig(**tiny))
     said = capsys.readouterr().out
@@ -256,17 +255,17 @@ def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
 
 
 def test_what_it_adds_to_the_memory_is_planned(base_dir, tiny, monkeypatch):
-    monkeypatch.setattr(_stage, "fp8_works", lambda device: "")
+    monkeypatch.setattr(stage, "fp8_works", lambda device: "")
     planned = []
     monkeypatch.setattr(
-        _stage, "check_fits", lambda plan, size: planned.append(plan.memory)
+        stage, "check_fits", lambda plan, size: planned.append(plan.memory)
     )
     tiny |= {"depth": 2, "num_iterations": 1}
     for eight in (False, True):
         main(BaseConfig(**tiny, fp8=eight, overwrite=True))
-    config = _stage.checkpoint.read_meta(
-        _stage.checkpoint.find_checkpoint("base", "d2")
-    )["model_config"]
+    config = stage.checkpoint.read_meta(stage.checkpoint.find_checkpoint("base", "d2"))[
+        "model_config"
+    ]
     more = fp8_memory(GPTConfig(**config), tiny["device_batch_size"], 4)
     assert planned[1] - planned[0] == more > 0
 

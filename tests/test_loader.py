@@ -66,7 +66,9 @@ def corpora(draw, world: int):
 
 def read(folder, start, step, epoch, epochs=1):
     return list(
-        iter_documents("train", start, step, (epoch, 0), str(folder), epoch + epochs)
+        iter_documents(
+            "train", start, step, (epoch, 0), str(folder), epochs=epoch + epochs
+        )
     )
 
 

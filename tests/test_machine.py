@@ -151,7 +151,7 @@ def test_who_asks_for_the_cpu_gets_it(unseen, monkeypatch):
     "options", [["--preset", "cpu"], ["--device", "cpu"], ["--device=cpu"]]
 )
 def test_the_command_line_may_choose_the_cpu(unseen, monkeypatch, options):
-    from nanochat.plan import BaseConfig
+    from nanochat.config import BaseConfig
 
     monkeypatch.setenv("NANOCHAT_PRESET", "x")  # so that it is put back afterwards
     monkeypatch.delenv("NANOCHAT_PRESET")

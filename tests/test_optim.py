@@ -184,7 +184,8 @@ def test_dtype_of_the_iteration(dtype):
     p.grad = matrix
     Muon([p], lr=1.0, momentum=0.5, nesterov=False, dtype=dtype).step()
     torch.testing.assert_close(matrix - p, got, rtol=0, atol=1e-6)
-    optimizers = setup_optimizer(tiny_model(), OptimConfig(matrix_dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    optimizers = setup_optimizer(tiny_model(), OptimConfig(matrix_dtype=name))
     assert optimizers.parts["muon"].param_groups[0]["dtype"] is dtype
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nanochat.config import OptimConfig
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import OptimConfig, setup_optimizer
+from nanochat.optim import setup_optimizer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4

@@ -25,10 +25,9 @@ from nanochat.common import (
     read_preset,
     run_cli,
 )
+from nanochat.config import BaseConfig, ChatConfig
+from nanochat.gpus import GPUS
 from nanochat.plan import (
-    GPUS,
-    BaseConfig,
-    ChatConfig,
     base_plan,
     make_plan,
     training_seconds,
@@ -199,7 +198,7 @@ def test_an_empty_shard_is_passed_over_and_only_empty_ones_are_an_error(tmp_path
     assert sorted(read("train", tmp_path) + read("val", tmp_path)) == sorted(texts)
     documents = list(dataset.iter_documents("train", data=str(tmp_path), epochs=2))
     for (_, cursor), (text, _) in zip(documents, documents[1:]):
-        rest = dataset.iter_documents("train", 0, 1, cursor, str(tmp_path), 2)
+        rest = dataset.iter_documents("train", 0, 1, cursor, str(tmp_path), epochs=2)
         assert next(rest)[0] == text
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanochat import gpus
 from nanochat.accounting import (
     activation_memory,
     kept_weights,
@@ -16,21 +17,18 @@ from nanochat.accounting import (
     training_memory,
 )
 from nanochat.common import UserError
+from nanochat.config import BaseConfig
+from nanochat.dry_run import walk
 from nanochat.fp8 import fp8_memory, use_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpus import GPUS, Gpu, find_gpu, gpu_key, gpu_record, show_record
 from nanochat.plan import (
-    GPUS,
     NVLINK,
-    BaseConfig,
-    Gpu,
     base_plan,
     check_fits,
     choose_depth,
     collective_bytes,
     collective_seconds,
-    find_gpu,
-    gpu_key,
-    gpu_record,
     largest_batch,
     make_plan,
     measured_gpu,
@@ -40,8 +38,6 @@ from nanochat.plan import (
     training_seconds,
     utilization,
 )
-from nanochat.record import show_record
-from scripts._dry_run import walk
 
 HOURS = [  # card, ranks, depth, vocabulary, design, tokens of the run, hours
     ("h100", 8, 20, 65_536, "default", 11_219_763_200, 172.57 / 60),
@@ -294,7 +290,7 @@ def test_a_record_is_looked_for_in_three_places(monkeypatch, tmp_path):
     monkeypatch.delenv("NANOCHAT_GPU_RECORD", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "settings.ini").touch()
+    monkeypatch.setattr(gpus, "package_folder", lambda: tmp_path / "nanochat")
     assert gpu_record() is None
     kept = tmp_path / "dev" / "records" / "gpu.json"
     kept.parent.mkdir(parents=True)

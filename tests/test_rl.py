@@ -17,6 +17,7 @@ from nanochat.functional import cross_entropy
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 from nanochat.rl import (
+    Questions,
     RLConfig,
     Rollout,
     accumulate_policy,
@@ -25,7 +26,6 @@ from nanochat.rl import (
     policy_loss,
     policy_step,
     roll_out,
-    step_indices,
     train_rl,
 )
 from nanochat.tasks.common import Task
@@ -219,9 +219,10 @@ def test_rollouts_repeat_with_their_seed_and_samples_differ():
 
 
 def test_steps_deal_all_prompts_before_repeating():
-    indices = [i for step in range(2) for i in step_indices(8, step, CONFIG)]
+    questions = Questions(range(8), CONFIG)
+    indices = questions.of_step(0) + questions.of_step(1)
     assert sorted(indices) == list(range(8))
-    assert step_indices(8, 2, CONFIG) == indices[:4]
+    assert questions.of_step(2) == indices[:4]
 
 
 # ---- learning, resuming, ranks
@@ -231,7 +232,8 @@ def test_practice_raises_the_reward():
     model = tiny_model()
     config = replace(CONFIG, num_steps=16, num_samples=32)
     engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
-    records = [policy_step(engine, optimizer, Vowels(), config, s) for s in range(16)]
+    questions = Questions(Vowels(), config)
+    records = [policy_step(engine, optimizer, questions, config, s) for s in range(16)]
     rewards = [r["reward"] for r in records]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
     assert records[0]["lr_scale"] == 1.0 and records[-1]["lr_scale"] == 1 / 16
@@ -242,7 +244,8 @@ def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
     for limit in (0.0, 1e-3):
         model, config = tiny_model(), replace(CONFIG, grad_clip=limit)
         engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
-        record = policy_step(engine, optimizer, Vowels(), config, 0)
+        questions = Questions(Vowels(), config)
+        record = policy_step(engine, optimizer, questions, config, 0)
         norms[limit] = record["grad_norm"]
         average = optimizer.parts["adamw"].state[model.lm_head.weight]["exp_avg"]
         taken = average.norm() / (1 - 0.8)  # of the gradient that the first step saw
@@ -256,9 +259,11 @@ def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
 
     monkeypatch.setattr(rl, "accumulate_policy", poisoned)
     with pytest.raises(UserError, match="grad_norm nan: no weight was changed"):
-        policy_step(engine, optimizer, Vowels(), config, 1)
+        policy_step(engine, optimizer, questions, config, 1)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
-    dump = json.loads(next(tmp_path.glob("base/runs/rl_step_000001_*")).read_text())
+    dump = json.loads(
+        next(tmp_path.glob("base/runs/chat_rl_step_000001_*")).read_text()
+    )
     assert dump["gradients"] == ["lm_head.weight"]
     assert len(dump["batches"][0]["inputs"]) == 16  # the replies of four prompts
 
@@ -268,7 +273,8 @@ def run(model, steps, save=None, start=0, results=None, optimizer=None):
     optimizer = optimizer or setup_optimizer(model)
     save = save or (lambda step, results: None)
     config = replace(CONFIG, save_every=2)
-    return train_rl(engine, optimizer, Vowels(), Vowels(), config, start, results, save)
+    options = dict(start=start, results=results, save=save)
+    return train_rl(engine, optimizer, Vowels(), Vowels(), config, **options)
 
 
 def test_resuming_equals_not_stopping(tmp_path):
@@ -319,8 +325,9 @@ def rank_main(rank, world, port, folder):
     become_rank(rank, world, port, folder)
     model = tiny_model()
     engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
-    mine = [step_indices(8, step, CONFIG) for step in range(2)]
-    records = [policy_step(engine, optimizer, Vowels(), CONFIG, s) for s in range(2)]
+    mine = [Questions(range(8), CONFIG).of_step(step) for step in range(2)]
+    questions = Questions(Vowels(), CONFIG)
+    records = [policy_step(engine, optimizer, questions, CONFIG, s) for s in range(2)]
     for record in records:
         record.pop("seconds")  # the clocks of two ranks may differ
     total = sum(p.double().sum().item() for p in model.parameters())
@@ -335,12 +342,14 @@ def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
     assert a["records"] == b["records"] and a["total"] == b["total"]
     for step in range(2):
         together = a["mine"][step] + b["mine"][step]
-        assert sorted(together) == sorted(step_indices(8, step, CONFIG))
+        assert sorted(together) == sorted(Questions(range(8), CONFIG).of_step(step))
 
 
 def roll_out_each(engine, task, indices, config, seed, num_samples=0) -> Rollout:
     "Sample for each prompt with a seed of its own, whatever rank it is on."
-    parts = [roll_out(engine, task, [i], config, i, num_samples) for i in indices]
+    parts = [
+        roll_out(engine, task, [i], config, i, num_samples=num_samples) for i in indices
+    ]
     return Rollout(
         ids=[row for part in parts for row in part.ids],
         mask=[row for part in parts for row in part.mask],
@@ -361,7 +370,8 @@ def policy_weights() -> tuple[list[dict], dict]:
         patch.setattr("nanochat.rl.roll_out", roll_out_each)
         torch.set_default_dtype(torch.float64)  # the engine's tables follow it
         try:
-            take = lambda step: policy_step(engine, optimizer, Vowels(), CONFIG, step)
+            questions = Questions(Vowels(), CONFIG)
+            take = lambda step: policy_step(engine, optimizer, questions, CONFIG, step)
             records = [take(step) for step in range(3)]
         finally:
             torch.set_default_dtype(torch.float32)

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -10,14 +11,17 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 import tokenizers
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
 import rustbpe
+from nanochat import tok_eval, tok_train
 from nanochat.bpe import (
     SPLIT_PATTERN,
     best_pair,
@@ -29,7 +33,8 @@ from nanochat.bpe import (
 )
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import iter_documents
-from nanochat.export import hf_tokenizer
+from nanochat.hf import hf_tokenizer
+from nanochat.interop import read_pickled
 from nanochat.tokenizer import (
     FILE_NAME,
     PRETRAINED,
@@ -39,10 +44,8 @@ from nanochat.tokenizer import (
     get_token_bytes,
     get_tokenizer,
     load_tiktoken_ranks,
-    read_pickled,
     to_tiktoken,
 )
-from scripts import tok_eval, tok_train
 
 DOCS = [
     "The cat and the other cats sat on 1234 mats; they'd sat there since 1999.\n\n" * 3,
@@ -188,6 +191,179 @@ def test_unknown_ids(tok, ids):
         tok.decode(ids)
 
 
+@pytest.mark.parametrize("make", [list, tuple, iter, np.array, torch.tensor])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint16"])
+def test_whatever_holds_whole_numbers_is_decoded(tok, make, dtype):
+    ids = tok.encode("naïve cats", prepend="<|bos|>")
+    assert tok.decode(make(np.array(ids, dtype))) == "<|bos|>naïve cats"
+    assert tok.decode(torch.tensor(ids)) == "<|bos|>naïve cats"
+    assert tok.decode([torch.tensor(i) for i in ids]) == "<|bos|>naïve cats"
+    assert tok.id_to_token(torch.tensor(ids)[0]) == "<|bos|>"
+    assert tok.decode(range(97, 100)) == "abc" and tok.decode([]) == ""
+
+
+@pytest.mark.parametrize(
+    "ids, says",
+    [
+        (3, "got int"),
+        (None, "got NoneType"),
+        ("12", "got str"),
+        (b"abc", "got bytes"),
+        ({97: 1}, "got dict"),
+        ({97, 98}, "got set"),
+        ([97, None], "NoneType"),
+        ([97, "a"], "'a'"),
+        ([1.0], "1.0"),
+        ([True, False], "bool"),
+        ([[97, 98]], "got \\[97"),
+        (torch.tensor([[97, 98]]), r"shape \(1, 2\)"),
+        (torch.tensor(97), r"shape \(\)"),
+        (torch.tensor([97.0]), "97.0"),
+        (torch.tensor([True]), "bool"),
+        (np.array([[97]]), r"shape \(1, 1\)"),
+        (np.array([97.5]), "97.5"),
+        ([np.bool_(True)], "bool"),
+        ([torch.tensor(True)], "bool"),
+        (torch.tensor([-1]), "-1"),
+        ([np.int64(365)], "365"),
+    ],
+)
+def test_what_is_no_row_of_ids_is_named(tok, ids, says):
+    with pytest.raises(UserError, match=says):
+        tok.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "end, says",
+    [
+        ("bos", "<|bos|>"),
+        ("", "no special token"),
+        ("<|eos|>", "no special token"),
+        (365, "no such token"),
+        (-1, "no such token"),
+        (1.0, "whole number"),
+        (True, "whole number"),
+        ([356], "whole number"),
+        (b"<|bos|>", "whole number"),
+    ],
+)
+@pytest.mark.parametrize("side", ["prepend", "append"])
+def test_only_tokens_stand_at_the_ends(tok, side, end, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        tok.encode("a", **{side: end})
+    with pytest.raises(UserError, match=re.escape(says)):
+        tok.encode([], **{side: end})
+
+
+def test_an_id_of_numpy_or_pytorch_stands_at_an_end(tok):
+    bos = tok.get_bos_token_id()
+    for end in (np.int64(bos), np.uint16(bos), torch.tensor(bos)):
+        ids = tok.encode("a", prepend=end, append=end)
+        assert ids == [bos, 97, bos] and {type(i) for i in ids} == {int}
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "got NoneType"),
+        (3, "got int"),
+        (b"bytes", "got bytes"),
+        (bytearray(b"bytes"), "got bytearray"),
+        ({"a": 1}, "got dict"),
+        ({"a"}, "got set"),
+        (["fine", None], "number 1 of the list is NoneType"),
+        (["fine", "fine", b"bytes"], "number 2 of the list is bytes"),
+        ([["fine"]], "number 0 of the list is list"),
+        (Path("fine"), "got "),
+    ],
+)
+def test_what_is_no_text_is_named(tok, text, says):
+    with pytest.raises(UserError, match=says):
+        tok.encode(text)
+
+
+def test_texts_of_any_iterable(tok):
+    rows = [tok.encode("a b"), tok.encode("c")]
+    texts = ["a b", "c"]
+    for same in (tuple(texts), iter(texts), np.array(texts), (t for t in texts)):
+        assert tok.encode(same) == rows
+    assert tok.encode(np.str_("a b")) == rows[0]
+
+
+@pytest.mark.parametrize("name", ["bos", None, 3, ["<|bos|>"], b"<|bos|>"])
+def test_special_tokens_are_asked_for_by_name(tok, name):
+    with pytest.raises(UserError, match="no special token"):
+        tok.encode_special(name)
+
+
+@pytest.mark.parametrize(
+    "special, says",
+    [
+        ({"<|bos|>": 97}, "97"),
+        ({"<|bos|>": -1}, "-1"),
+        ({"<|bos|>": "256"}, "'256'"),
+        ({"<|bos|>": True}, "True"),
+        ({"<|bos|>": 256, "<|eos|>": 256}, "share"),
+        ({"": 256}, "''"),
+        ({3: 256}, "3"),
+    ],
+)
+def test_special_tokens_have_ids_of_their_own(plain, special, says):
+    with pytest.raises(UserError, match=says):
+        RustBPETokenizer(plain.ranks, special=special)
+
+
+def test_a_tokenizer_without_bos_says_so(plain):
+    bare = RustBPETokenizer(plain.ranks, special={})
+    assert bare.decode(bare.encode("hi")) == "hi"
+    with pytest.raises(UserError, match="bos"):
+        bare.get_bos_token_id()
+    # The name decides, not the order in which a file lists the tokens.
+    other = RustBPETokenizer(plain.ranks, special={"<|pad|>": 256, "<|bos|>": 257})
+    assert other.get_bos_token_id() == 257
+
+
+def encode_elsewhere(tokenizer, text: str) -> tuple[list[int], str, str]:
+    return tokenizer.encode(text), tokenizer.fingerprint(), type(tokenizer).__name__
+
+
+def test_copies_and_pickles_encode_the_same(tok):
+    text = "naïve cats, 1999 mats <|bos|>"
+    twins = [pickle.loads(pickle.dumps(tok, n)) for n in range(2, 6)]
+    twins += [copy.copy(tok), copy.deepcopy(tok), copy.deepcopy({"tok": tok})["tok"]]
+    for twin in twins:
+        assert type(twin) is RustBPETokenizer
+        assert vars(twin).keys() == vars(tok).keys()
+        assert twin.fingerprint() == tok.fingerprint()
+        assert twin.encode(text, prepend="<|bos|>") == tok.encode(
+            text, prepend="<|bos|>"
+        )
+        assert twin.render_conversation(CHAT) == tok.render_conversation(CHAT)
+        assert twin.decode(twin.encode(text)) == text
+        assert twin.token_bytes().equal(tok.token_bytes())
+
+
+def test_another_process_gets_the_tokenizer(tok):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(encode_elsewhere, (tok, "naïve cats"))
+    assert found == encode_elsewhere(tok, "naïve cats")
+
+
+def test_the_crates_tokenizer_is_copied_and_pickled(tok):
+    for twin in (copy.copy(tok.bpe), pickle.loads(pickle.dumps(tok.bpe))):
+        assert twin.get_pattern() == tok.bpe.get_pattern()
+        assert twin.get_mergeable_ranks() == tok.bpe.get_mergeable_ranks()
+        assert twin.encode("naïve cats") == tok.bpe.encode("naïve cats")
+
+
+def test_one_string_is_no_corpus():
+    with pytest.raises(UserError, match="put it in a list"):
+        RustBPETokenizer.train_from_iterator("one string", 300)
+    for size in ("300", 300.0, None, True):
+        with pytest.raises(UserError, match="whole number"):
+            RustBPETokenizer.train_from_iterator(DOCS, size)
+
+
 def test_bad_input_is_named(tok):
     with pytest.raises(UserError, match="int"):
         tok.encode(["fine", 3])
@@ -251,6 +427,17 @@ def test_render_conversation_is_the_table(plain):
     got = [(plain.id_to_token(i), m) for i, m in zip(ids, mask, strict=True)]
     assert got == RENDERED
     assert before == CHAT
+
+
+@pytest.mark.parametrize("most", [-1, None, 2.5, True])
+def test_a_length_is_a_count(plain, most):
+    with pytest.raises(UserError, match="max_tokens"):
+        plain.render_conversation(CHAT, max_tokens=most)
+
+
+def test_a_mask_of_another_length_is_named(plain):
+    with pytest.raises(UserError, match="mask of 1"):
+        plain.visualize_tokenization([97, 98], [1])
 
 
 def test_render_truncates_both(plain):
@@ -400,6 +587,28 @@ def test_tiktoken_files(tok, tmp_path):
         RustBPETokenizer.from_pretrained("gpt3", tmp_path)
 
 
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_pretrained_definitions_are_openais(name, monkeypatch):
+    "Pattern, special tokens and checksum, as the installed tiktoken has them."
+    hashes = {}
+
+    def load(url: str, expected_hash: str | None = None) -> dict[bytes, int]:
+        hashes[url.rsplit("/", 1)[1]] = expected_hash
+        return {}
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", load)
+    monkeypatch.setattr(
+        openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: {}
+    )
+    # GPT-2's vocabulary as one file is r50k_base's.
+    theirs = getattr(openai_public, name.replace("gpt2", "r50k_base"))()
+    file, sha256, pattern, special = PRETRAINED[name]
+    assert hashes == {file: sha256}
+    assert pattern == theirs["pat_str"] == getattr(openai_public, name)()["pat_str"]
+    assert special == theirs["special_tokens"]
+    assert special == getattr(openai_public, name)()["special_tokens"]
+
+
 @pytest.mark.parametrize(
     ("name", "size", "ids"),
     [
@@ -472,10 +681,10 @@ def test_importing_a_pickle(tok, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(to_tiktoken(tok)))
-    tok_train.main(tok_train.TokTrainConfig(pickle=str(path)))
+    tok_train.train_tokenizer(tok_train.TokTrainConfig(pickle=str(path)))
     assert get_tokenizer().fingerprint() == tok.fingerprint()
     with pytest.raises(UserError, match="does not exist"):
-        tok_train.main(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
 
 
 def test_fuzz():
@@ -491,11 +700,11 @@ def test_fuzz():
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     config = tok_train.TokTrainConfig(vocab_size=2048, max_chars=2_000_000)
-    tok_train.main(config)
+    tok_train.train_tokenizer(config)
     made = get_tokenizer()
     assert made.get_vocab_size() == 2048
     assert all(len(made.encode(f"{n:02}")) == 1 for n in range(100))
-    tok_eval.main(tok_eval.TokEvalConfig(num_docs=64))
+    tok_eval.compare_tokenizers(tok_eval.TokEvalConfig(num_docs=64))
     assert "no column for GPT-2" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "tok_eval.json").read_text())
     rows = {row["text"]: row["ours"] for row in report["bytes_per_token"]}
@@ -506,11 +715,11 @@ def test_commands(tmp_path, monkeypatch, capsys):
 def test_commands_name_mistakes(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="100 is too small"):
-        tok_train.main(tok_train.TokTrainConfig(vocab_size=100))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(vocab_size=100))
     with pytest.raises(UserError, match="/no/such/place"):
-        tok_train.main(tok_train.TokTrainConfig(data="/no/such/place"))
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(data="/no/such/place"))
     with pytest.raises(UserError, match=r"scripts\.tok_train"):
-        tok_eval.main(tok_eval.TokEvalConfig())
+        tok_eval.compare_tokenizers(tok_eval.TokEvalConfig())
 
 
 def test_no_test_file_is_read(monkeypatch):

@@ -109,6 +109,7 @@ def test_a_tracker_that_is_missing_or_unknown(monkeypatch, tmp_path):
 
 def test_only_rank_0_tells(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with RunLog("base_train", 0, "tensorboard") as log:
         log.write(step=0, loss=torch.ones(()).item())
     assert not (tmp_path / "runs").exists()

@@ -22,15 +22,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import adamw, checkpoint, gpt, muon, train
+from nanochat.chat_cli import ChatCliConfig
 from nanochat.common import UserError, parse_config, run_cli
+from nanochat.config import BaseConfig, OptimConfig, weight_settings
 from nanochat.dataloader import Batch, batches
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import OptimConfig, muon_momentum, setup_optimizer
-from nanochat.plan import BaseConfig, make_plan, model_config
+from nanochat.optim import muon_momentum, setup_optimizer
+from nanochat.plan import make_plan, model_config
+from nanochat.stage import pretrain as main
 from nanochat.train import Run, StopSignal, accumulate
-from scripts._stage import weight_settings
-from scripts.base_train import main
-from scripts.chat_cli import ChatCliConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(
@@ -56,8 +56,13 @@ def weights_hash(folder: Path) -> str:
     return meta["sha256"]["model.safetensors"]
 
 
+def newest_log(base: Path) -> Path:
+    logs = (base / "runs").glob("base_train*/*.jsonl")
+    return max(logs, key=lambda log: log.stat().st_mtime)
+
+
 def losses(base: Path) -> list[float]:
-    lines = (base / "runs" / "base_train.jsonl").read_text().splitlines()
+    lines = newest_log(base).read_text().splitlines()
     return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
 
 
@@ -409,8 +414,8 @@ import os, time
 from pathlib import Path
 from nanochat import train
 from nanochat.common import run_cli
-from nanochat.plan import BaseConfig
-from scripts.base_train import main
+from nanochat.config import BaseConfig
+from nanochat.stage import pretrain as main
 
 kind, real, calls = os.environ["KIND"], train.accumulate, []
 
@@ -696,9 +701,13 @@ def test_another_tokenizer_is_refused(base_model, base_dir):
 
 def test_finished_run_is_not_replaced_by_other_settings(base_model, tiny):
     with pytest.raises(UserError, match="--tag"):
-        main(BaseConfig(**{**tiny, "matrix_lr": 0.01}))
+        main(BaseConfig(**{**tiny, "optimizer": OptimConfig(matrix_lr=0.01)}))
     before = weights_hash(base_model)
-    main(BaseConfig(**{**tiny, "matrix_lr": 0.01, "overwrite": True}))
+    main(
+        BaseConfig(
+            **{**tiny, "optimizer": OptimConfig(matrix_lr=0.01), "overwrite": True}
+        )
+    )
     assert weights_hash(base_model) != before
 
 

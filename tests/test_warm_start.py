@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
 from nanochat.common import UserError
-from nanochat.plan import ChatConfig
+from nanochat.config import ChatConfig
+from nanochat.stage import midtrain as main
 from nanochat.train import StopSignal
-from scripts.mid_train import main
 
 OPTIONS = dict(
     device_batch_size=2,
@@ -37,7 +37,7 @@ def begin(monkeypatch, **options) -> tuple:
         raise Begun(optimizer, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr("scripts._stage.train", stop)
+        patch.setattr("nanochat.stage.train", stop)
         with pytest.raises(Begun) as begun:
             main(ChatConfig(**OPTIONS | options))
     return begun.value.args

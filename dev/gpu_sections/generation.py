@@ -286,7 +286,7 @@ def transformers_model(model: GPT, scale: Scale):
         from transformers import NanoChatConfig, NanoChatForCausalLM
     except ImportError:
         return None
-    from nanochat.export import hf_config, hf_weights
+    from nanochat.hf import hf_config, hf_weights
 
     # Ids that never come end nothing: every row is as long as it was asked for.
     apart = ("architectures", "model_type", "pad_token_id", "dtype")

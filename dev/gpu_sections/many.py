@@ -111,8 +111,8 @@ def be_rank(out: Path, scale: Scale) -> None:
 
 def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
     "Count what a rank sends in a step, and how long that takes on NVLink."
-    from nanochat.plan import BaseConfig
-    from scripts._dry_run import walk
+    from nanochat.config import BaseConfig
+    from nanochat.dry_run import walk
 
     sizes = dict(depth=20, device_batch_size=16)
     if scale.tiny:

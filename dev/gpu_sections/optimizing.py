@@ -16,10 +16,11 @@ from gpu_sections.tools import (
     watched,
 )
 from nanochat.adamw import AdamW
+from nanochat.config import OptimConfig
 from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import METHODS, orthogonalize
-from nanochat.optim import OptimConfig, setup_optimizer
+from nanochat.optim import setup_optimizer
 
 BYTES = 256  # the vocabulary of a model that reads bytes
 
@@ -79,7 +80,8 @@ def fifty_steps(dtype: torch.dtype, seed: int, steps: int, scale: Scale) -> floa
     config = GPTConfig(T, BYTES, n_layer=4, n_head=4, n_kv_head=4, n_embd=width)
     model = GPT(config, torch.float32).to(scale.device)
     model.init_weights(seed)
-    ours = setup_optimizer(model, OptimConfig(matrix_dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    ours = setup_optimizer(model, OptimConfig(matrix_dtype=name))
     text = read_bytes(steps * rows * T + 1).to(scale.device)
     losses = []  # stay on the device, so that no step waits
     for step in range(steps):

@@ -19,8 +19,9 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
     "Pretrain with the CPU preset's model and data; return what the report says."
     os.environ.update(NANOCHAT_BASE_DIR=str(folder), NANOCHAT_PRESET="cpu")
     from nanochat.common import read_preset
-    from nanochat.plan import BaseConfig
-    from scripts import base_train, tok_train
+    from nanochat.config import BaseConfig
+    from nanochat.stage import pretrain
+    from nanochat.tok_train import TokTrainConfig, train_tokenizer
 
     # The preset's numbers are text; the config's defaults know their types.
     read = read_preset("base_train", "cpu")
@@ -33,9 +34,9 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
         options |= dict(total_batch_size=512, num_iterations=8, compile=False)
         vocab, limits = 400, limits | dict(max_chars=50_000, numbers=1)
     if not (folder / "tokenizer").is_dir():
-        tok_train.main(tok_train.TokTrainConfig(vocab_size=vocab, **limits))
+        train_tokenizer(TokTrainConfig(vocab_size=vocab, **limits))
     options |= dict(seed=seed, device=device, tag=f"seed{seed}", overwrite=True)
-    base_train.main(BaseConfig(**options))
+    pretrain(BaseConfig(**options))
     return json.loads((folder / "report" / "base_train.json").read_text())
 
 

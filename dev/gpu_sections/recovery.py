@@ -17,11 +17,12 @@ from gpu_sections.tools import (
     exact_products,
     random_batch,
 )
+from nanochat.config import OptimConfig
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import OptimConfig, Optimizers, setup_optimizer
+from nanochat.optim import Optimizers, setup_optimizer
 from nanochat.train import accumulate
 
-EXACT = OptimConfig(matrix_dtype=torch.float32)  # what every device can do alike
+EXACT = OptimConfig(matrix_dtype="float32")  # what every device can do alike
 
 
 def fresh(scale: Scale, device: torch.device, dtype: torch.dtype) -> tuple:

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity
 from nanochat.common import write_atomic
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.plan import GPUS, Gpu, find_gpu, model_config
+from nanochat.gpus import GPUS, Gpu, find_gpu
+from nanochat.plan import model_config
 
 GIB = 2**30
 

@@ -64,14 +64,27 @@ impl Tokenizer {
 }
 
 /// Every pair of tokens whose bytes together are a token, with that token's id.
+///
+/// A token is cut only where both parts have the length of some token. To look every
+/// beginning up would hash half a terabyte for one token of a megabyte.
 fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
+    let longest = tokens.iter().map(|token| token.len()).max().unwrap_or(0);
+    let mut exists = vec![false; longest + 1];
+    for token in tokens {
+        exists[token.len()] = true;
+    }
+    let lengths: Vec<usize> = (1..=longest).filter(|&n| exists[n]).collect();
     let cuts = |id: usize| {
         let token = &tokens[id];
-        let pair = |cut: usize| {
+        let pair = |&cut: &usize| {
+            if !exists[token.len() - cut] {
+                return None;
+            }
             let (left, right) = (ids.get(token, cut)?, &token[cut..]);
             Some(((left, ids.get(right, right.len())?), id as Id))
         };
-        (1..token.len()).filter_map(pair).collect::<Vec<_>>()
+        let shorter = lengths.iter().take_while(|&&cut| cut < token.len());
+        shorter.filter_map(pair).collect::<Vec<_>>()
     };
     let found: Vec<_> = (0..tokens.len()).into_par_iter().flat_map_iter(cuts).collect();
     found.into_iter().collect()

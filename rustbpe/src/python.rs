@@ -6,7 +6,7 @@ use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString, PyType};
 use std::time::{Duration, Instant};
 
 // [pyclass]
@@ -118,6 +118,26 @@ impl Tokenizer {
     ) -> Vec<(Bound<'py, PyBytes>, usize)> {
         let tokens = self.inner.tokens().iter().enumerate();
         tokens.map(|(rank, token)| (PyBytes::new(py, token), rank)).collect()
+    }
+
+    /// What `pickle` and `copy` keep: the type, no arguments, tokens and pattern.
+    #[allow(clippy::type_complexity)]
+    fn __reduce__<'py>(
+        slf: &Bound<'py, Self>,
+    ) -> (Bound<'py, PyType>, (), (Vec<(Bound<'py, PyBytes>, usize)>, String)) {
+        let this = slf.borrow();
+        let state = (this.get_mergeable_ranks(slf.py()), this.get_pattern().to_owned());
+        (slf.get_type(), (), state)
+    }
+
+    /// Become the tokenizer that `__reduce__` described.
+    fn __setstate__(
+        &mut self,
+        py: Python<'_>,
+        state: (Vec<(Vec<u8>, Id)>, String),
+    ) -> PyResult<()> {
+        *self = Self::from_ranks(py, state.0, &state.1)?;
+        Ok(())
     }
 
     /// The number of tokens.

@@ -194,3 +194,16 @@ fn a_long_chunk_takes_no_quadratic_time() {
         assert_eq!(tokenizer.decode(&ids).unwrap(), text.as_bytes());
     }
 }
+
+#[test]
+fn a_long_token_takes_no_quadratic_time() {
+    let byte = |b: u8| -> Box<[u8]> { [b].into() };
+    let long: Box<[u8]> = (0..2_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let mut tokens: Vec<_> = (0..=255).map(byte).collect();
+    tokens.extend([long[..1_000_000].into(), long[1_000_000..].into(), long.clone()]);
+    let start = std::time::Instant::now();
+    let tokenizer = Tokenizer::from_tokens(tokens, r"(?s)[\s\S]+").unwrap();
+    // Both halves are tokens, so this is a merge like any other; before, it took minutes.
+    assert_eq!(tokenizer.decode(&[258]).unwrap(), *long);
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
