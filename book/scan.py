@@ -12,10 +12,13 @@ For those the rule of the book holds: the cell asserts what the prose says.
 """
 
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = HERE.parent / "nbs"
@@ -235,8 +238,9 @@ def cache_folder() -> Path:
     "Return where conf.py tells Sphinx to keep the executed notebooks."
     spec = importlib.util.spec_from_file_location("conf", HERE / "conf.py")
     conf = importlib.util.module_from_spec(spec)
-    conf.tags = set()  # Sphinx provides it
-    spec.loader.exec_module(conf)
+    conf.tags = SimpleNamespace(has=lambda tag: False)  # Sphinx would provide it
+    with patch.dict(os.environ):  # conf.py sets variables for the kernels
+        spec.loader.exec_module(conf)
     return Path(conf.nb_execution_cache_path)
 
 

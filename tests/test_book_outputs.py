@@ -1,6 +1,7 @@
 """book/scan.py finds what no reader should find, and leaves alone what is right."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -189,4 +190,11 @@ def test_outputs_come_from_the_cache_that_sphinx_leaves(tmp_path, monkeypatch):
     cache.cache_notebook_bundle(bundle, check_validity=False)
     (found,) = scan.complaints("01", scan.executed(tmp_path / "cache")["01_sample"])
     assert found.kind == "not a number"
-    file.write_text(file.read_text("utf-8").replace('"x"', '"other"'), "utf-8")
+
+
+def test_the_folder_is_the_one_that_the_build_uses():
+    pytest.importorskip("sphinxcontrib.bibtex")
+    before = dict(os.environ)
+    folder = scan.cache_folder()
+    assert dict(os.environ) == before
+    assert folder.parent == BOOK / "_build" and folder.name.startswith("cache-")
