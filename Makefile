@@ -22,6 +22,7 @@ test: setup ## run every notebook, pytest and cargo test
 	python -m pytest
 
 check: setup book ## what must hold before a commit: linters, export, book, sizes
+	python book/scan.py
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
 	$(CARGO) fmt --check $(CRATE)

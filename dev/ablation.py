@@ -38,7 +38,9 @@ from nanochat.train import accumulate
 
 BASE = {"sequence_len": 256, "vocab_size": 2048, "n_layer": 4, "n_head": 4}
 BASE |= {"n_kv_head": 4, "n_embd": 128}
-ROWS, STEPS, SEEDS = 8, 120, (1, 2, 3)  # 2,048 tokens a step
+ROWS = 8  # 2,048 tokens a step
+STEPS = 120
+SEEDS = (1, 2, 3)
 FACTORS = (0.5, 1.0, 2.0)
 
 
@@ -85,18 +87,30 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)
 
 
+# A stand-in takes what the function takes that it stands for.
+
+
 def learned_positions(model):
-    attention.apply_rotary = lambda x, cos, sin: x
+    def unturned(x, cos, sin):
+        return x
+
+    attention.apply_rotary = unturned
     c = model.config
     model.transformer.wte = Positioned(c.table_rows, c.n_embd, c.sequence_len)
 
 
 def layer_norm(model):
-    gpt.rms_norm = lambda x: F.layer_norm(x, (x.size(-1),))
+    def norm(x, eps=None):
+        return F.layer_norm(x, (x.size(-1),), eps=eps or 1e-5)
+
+    gpt.rms_norm = norm
 
 
 def no_qk_norm(model):
-    attention.rms_norm = lambda x: x
+    def unscaled(x, eps=None):
+        return x
+
+    attention.rms_norm = unscaled
 
 
 def gelu(model):
@@ -118,8 +132,8 @@ def no_zeros(model):
 
 def post_norm(model):
     def forward(self, x, cos, sin, kv_cache=None, extra=None):
-        x = rms_norm(x + self.attn(x, cos, sin, kv_cache, extra))
-        return rms_norm(x + self.mlp(x))
+        x = rms_norm(x + self.attn(x, cos, sin, kv_cache, extra), self.eps)
+        return rms_norm(x + self.mlp(x), self.eps)
 
     gpt.Block.forward = forward
 
@@ -244,11 +258,13 @@ def speeds(names: list[str], repeat: int = 5) -> dict[str, dict]:
     return out
 
 
-def one_step(name: str) -> dict:
-    "Time five steps of a variant; count the bytes of one."
+def one_step(name: str, rows: int = ROWS, repeat: int = 5) -> dict:
+    "Time some steps of a variant; count the bytes of one."
     model = fresh_model(name, 1)
     optimizer = optimizer_of(model, name, 1.0)
-    ids = torch.randint(2048, (ROWS, 257), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, BASE["sequence_len"] + 1)
+    ids = torch.randint(BASE["vocab_size"], shape, generator=generator)
 
     def step():
         model(ids[:, :-1], ids[:, 1:]).backward()
@@ -257,56 +273,63 @@ def one_step(name: str) -> dict:
 
     step()
     times = []
-    for _ in range(5):
+    for _ in range(repeat):
         begun = time.process_time()
         step()
         times.append(time.process_time() - begun)
     top = peak_bytes(step)
     count = sum(p.numel() for p in model.parameters())
-    kept = sum(
-        v.nbytes
-        for s in optimizer.parts.values()
-        for st in s.state.values()
-        for v in st.values()
-        if torch.is_tensor(v)
-    )
+    state = optimizer.state_dict().values()
+    kept = sum(value.nbytes for value in state if value.ndim)  # not the counters
     peak = top + 4 * count + kept
     return {"seconds": min(times), "peak_bytes": peak, "parameters": count}
 
 
-def main(record: str, work: str, only: list[str]) -> None:
-    folder = Path(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer").exists():
-        env = os.environ | {"NANOCHAT_BASE_DIR": work, "NANOCHAT_PRESET": "cpu"}
+def make_tokenizer(work: Path) -> str:  # the folder that it is in
+    "Train the tokenizer of the runs, unless it is there."
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "tokenizer").exists():
+        env = os.environ | {"NANOCHAT_BASE_DIR": str(work), "NANOCHAT_PRESET": "cpu"}
         command = [sys.executable, "-m", "scripts.tok_train", "--vocab-size=2048"]
         subprocess.run(command, env=env, check=True, capture_output=True)
-    tokens = str(folder / "tokenizer")
+    return str(work / "tokenizer")
+
+
+def add_costs(rows: list[dict]) -> float:  # seconds of a step of the default
+    "Measure speed and memory of the variants; note them in their rows."
+    costs = speeds([row["name"] for row in rows])
+    usual = costs["default"]["seconds"]
+    for row in rows:
+        cost = costs[row["name"]]
+        pairs = zip(usual, cost["seconds"])
+        row["tokens_per_second"] = ROWS * 256 / statistics.median(cost["seconds"])
+        row["speed"] = statistics.median(a / b for a, b in pairs)
+        row |= {k: cost[k] for k in ("peak_bytes", "parameters")}
+    return statistics.median(usual)
+
+
+def main(record: str, work: str, only: list[str]) -> None:
+    tokens = make_tokenizer(Path(work))
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda name: tune(name, tokens), only or list(VARIANTS)))
     if not record:
         return
-    costs = speeds([row["name"] for row in rows])
-    usual = statistics.median(costs["default"]["seconds"])
-    for row in rows:
-        cost = costs[row["name"]]
-        pairs = zip(costs["default"]["seconds"], cost["seconds"])
-        row["tokens_per_second"] = ROWS * 256 / statistics.median(cost["seconds"])
-        row["speed"] = statistics.median(a / b for a, b in pairs)
-        row |= {k: cost[k] for k in ("peak_bytes", "parameters")}
-    longer = round(STEPS * next(r["speed"] for r in rows if r["name"] == "modern"))
-    factor = next(r["factor"] for r in rows if r["name"] == "modern")
+    usual = add_costs(rows)
+    # A variant that is slower at equal tokens may still win or lose at equal time.
+    modern = next(r for r in rows if r["name"] == "modern")
+    longer = round(STEPS * modern["speed"])
     with ThreadPoolExecutor(2) as pool:
-        same_time = list(
-            pool.map(lambda s: run("modern", s, factor, tokens, longer), SEEDS)
-        )
+        jobs = [
+            pool.submit(run, "modern", seed, modern["factor"], tokens, longer)
+            for seed in SEEDS
+        ]
+        same_time = [job.result() for job in jobs]
     facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
     facts |= {"config": BASE, "rows": ROWS, "steps": STEPS, "seeds": SEEDS}
     facts |= {"seconds_of_a_step": usual, "preset": gpt.ARCHITECTURES["modern"]}
     facts |= {"modern_at_equal_time": {"steps": longer, "bpb": same_time}}
-    Path(record).write_text(
-        json.dumps(facts | {"rows": rows}, indent=1) + "\n", "utf-8"
-    )
+    text = json.dumps(facts | {"rows": rows}, indent=1) + "\n"
+    Path(record).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

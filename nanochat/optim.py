@@ -247,10 +247,11 @@ def restore_state(
 
 # %% ../nbs/07_optimization.ipynb #2a994c47
 def iteration_dtype(
-    name: str,  # "bfloat16", "float32" or empty
+    name: str,  # "bfloat16", "float32", "float64" or empty
 ) -> torch.dtype | None:  # None: Muon chooses by the device
     "Resolve the dtype of Muon's iteration."
-    known = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    known: dict[str, torch.dtype | None] = {"": None}
+    known |= {k: getattr(torch, k) for k in ("bfloat16", "float32", "float64")}
     if name not in known:
         raise UserError(f"matrix_dtype {name!r} is unknown: use bfloat16 or float32")
     return known[name]

@@ -625,6 +625,25 @@ def test_ravine_widget_walks_as_python_does(page):
     )
 
 
+def test_a_walk_that_overflows_is_never_the_lowest(page):
+    show_widget(page, "ravine.html", RAVINE)
+    page.get_by_label("Condition number, logarithmic").fill("3")
+    page.get_by_label("Steps", exact=True).fill("100")
+    page.get_by_label("Degrees between the ravine and the parameters").fill("45")
+    page.get_by_label("Learning rate of gradient descent").press("End")
+    shown = json.loads(page.locator(".ravine-widget").get_attribute("data-result"))
+    descent = shown["gradient descent"]
+    assert descent["rate"] == 10 and descent["losses"][-1] is None  # JSON's NaN
+    sync_api.expect(page.locator(".end").first).to_have_text("runs away")
+    page.get_by_label("Learning rate of momentum").press("End")
+    page.get_by_label("Learning rate of Nesterov").press("End")
+    said = page.locator(".sum")
+    sync_api.expect(said).to_contain_text("loss (bold) of Adam is lowest")
+    page.get_by_label("Show Adam").uncheck()
+    sync_api.expect(said).to_contain_text("every method shown has run away")
+    assert "NaN" not in page.locator(".ravine-widget").inner_html()
+
+
 def test_ravine_widget_by_keyboard(page):
     show_widget(page, "ravine.html", RAVINE)
     page.get_by_label("Momentum of momentum").focus()
