@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MISSING = ("rustbpe", "fastapi", "uvicorn", "pydantic", "tyro", "datasets")
 MISSING += ("matplotlib", "transformers", "tiktoken", "huggingface_hub")
 TRAINS = "accounting adamw attention checkpoint common dataloader dataset engine "
-TRAINS += "functional gpt head loss_eval muon optim plan record train"
+TRAINS += "functional gpt head loss_eval muon optim plan gpus config train"
 
 BLOCK = """
 import importlib, sys
