@@ -122,7 +122,7 @@ def trained():
 
 def write(folder: Path, step: int, trained, keep: int = 2) -> None:
     cursors, meta = {"0": {"left": [step]}}, {"results": {}}
-    checkpoint.save(folder, step, *trained, cursors, meta, keep)
+    checkpoint.save(folder, step, *trained, cursors, meta=meta, keep=keep)
 
 
 def verify(folder: Path) -> list[int]:

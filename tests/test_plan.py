@@ -192,11 +192,13 @@ def test_what_eight_bits_add_is_what_autograd_keeps_more(monkeypatch, dtype):
 def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
     config, sizes = model_config(20, 65_536, 2048), {}
     for kind in ("cuda", "cpu"):
-        plan = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4, device_type=kind)
+        plan = make_plan(
+            config, 16, 524_288, 1000, activation_bytes=4, device_type=kind
+        )
         sizes[kind] = plan.memory
     half = make_plan(config, 16, 524_288, 1000)
     assert half.memory < sizes["cuda"] < 0.7 * sizes["cpu"]
-    unsaid = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4)
+    unsaid = make_plan(config, 16, 524_288, 1000, activation_bytes=4)
     assert unsaid.memory == sizes["cpu"]
     parts = training_memory(config, 16, 4, device_type="cuda")
     scores = 4 * 16 * kept_weights(config) * config.n_head
