@@ -337,7 +337,7 @@ def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
         (["--gpu", "tpu"], "use h100"),
         (["--gpu", "5090", "--budget", "50"], "add --price"),
         (["--gpu", "h100", "--depth", "20", "--hours", "3"], "leave --depth out"),
-        (["--gpu", "h100", "--gpus", "0"], "starts at 1"),
+        (["--gpu", "h100", "--gpus", "0"], "use at least 1"),
         (["--budget", "10"], "need a --gpu"),
         (["--gpu", "h100", "--device-batch-size", "64"], "use at most 32"),
     ],
