@@ -22,7 +22,6 @@ __all__ = ['KeepLinked', 'whole_size', 'told_sha256', 'continue_part', 'verify',
 # not there, or not for us, is not asked again. Times are seconds, sizes bytes.
 #| doc: Files from the network: resumed, checked, and under their name only when whole.
 import errno
-import fcntl
 import hashlib
 import os
 import random
@@ -38,6 +37,11 @@ from typing import Any, TextIO
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from .common import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # %% ../nbs/appendix_download.ipynb #fb8d0fd6
 class KeepLinked(HTTPRedirectHandler):
