@@ -17,7 +17,7 @@ from nanochat.accounting import (
     training_memory,
 )
 from nanochat.common import UserError
-from nanochat.config import BaseConfig
+from nanochat.config import BaseConfig, OptimConfig
 from nanochat.dry_run import walk
 from nanochat.fp8 import fp8_memory, use_fp8
 from nanochat.gpt import GPT, GPTConfig
@@ -391,7 +391,9 @@ def test_the_plan_counts_what_the_optimizers_send(fields, world):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"matrix_method": "cubic"}, {"grad_clip": -1.0}], ids=["method", "clip"]
+    "wrong",
+    [{"optimizer": OptimConfig(matrix_method="cubic")}, {"grad_clip": -1.0}],
+    ids=["method", "clip"],
 )
 def test_a_dry_run_refuses_what_training_refuses(wrong):
     config = BaseConfig(depth=2, max_seq_len=64, device_batch_size=2, world=2)
