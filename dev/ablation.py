@@ -196,13 +196,13 @@ def train_one(name: str, seed: int, factor: float, folder: str, steps: int) -> d
     model = fresh_model(name, seed)
     optimizer = optimizer_of(model, name, factor)
     T, cpu = BASE["sequence_len"], torch.device("cpu")
-    stream = batches(tokenizer, "train", ROWS, T, cpu, 1, None, "embedded")
+    stream = batches(tokenizer, "train", ROWS, T, cpu, data="embedded")
     for step in range(steps):
         accumulate(model, [next(stream)])
         rate = optim.lr_scale(step, steps, warmdown=0.4)
         optimizer.step(rate, optim.muon_momentum(step, steps=steps // 2))
         optimizer.zero_grad()
-    held_out = batches(tokenizer, "val", ROWS, T, cpu, 1, None, "embedded")
+    held_out = batches(tokenizer, "val", ROWS, T, cpu, data="embedded")
     bits = evaluate_bpb(model, held_out, 40, tokenizer.token_bytes())
     return {"name": name, "seed": seed, "factor": factor, "steps": steps, "bpb": bits}
 

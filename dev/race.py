@@ -105,10 +105,10 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
     tokenizer, cpu = RustBPETokenizer.from_directory(folder), torch.device("cpu")
     model, optimizer, rates = set_up(recipe, seed)
     sizes, curve, spent, wall = tokenizer.token_bytes(), [], 0.0, 0.0
-    stream = batches(tokenizer, "train", recipe["rows"], T, cpu, 1, None, "embedded")
+    stream = batches(tokenizer, "train", recipe["rows"], T, cpu, data="embedded")
 
     def held_out() -> float:
-        text = batches(tokenizer, "val", 8, T, cpu, 1, None, "embedded")
+        text = batches(tokenizer, "val", 8, T, cpu, data="embedded")
         with torch.inference_mode():
             return evaluate_bpb(model, text, VAL_BATCHES, sizes)
 

@@ -68,7 +68,8 @@ def measure_bpb(
     sizes = tokenizer.token_bytes()
 
     def bpb(model, split: str, device: torch.device) -> float:
-        stream = batches(tokenizer, split, rows, context, device, world, data=data)
+        shape = (rows, context, device)
+        stream = batches(tokenizer, split, *shape, num_streams=world, data=data)
         return evaluate_bpb(model, stream, steps, sizes.to(device))
 
     values = {f"{split}_bpb": bpb(model, split, device) for split in ("train", "val")}

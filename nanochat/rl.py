@@ -307,7 +307,7 @@ def policy_step(
         rows = [Batch(*pad_rows(rollout.ids, rollout.mask, model.get_device()))]
         saved = "the newest in rl_checkpoints"
         numbers = {"grad_norm": norm}
-        raise UserError(write_dump(STAGE, step, numbers, model, rows, saved))
+        raise UserError(write_dump(STAGE, step, numbers, model, rows, saved=saved))
 
     # Follow the gradient, in steps that become smaller.
     scale = config.init_lr_frac * (1 - step / config.num_steps)

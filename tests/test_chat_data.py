@@ -54,7 +54,9 @@ def test_every_conversation_is_whole_once_or_counted(tokenizer, sizes, streams):
     end = tokenizer.encode_special("<|assistant_end|>")
     whole = {tuple(r[0]): r for r in map(tokenizer.render_conversation, chats)}
     for stream in range(streams):
-        source = row_stream(tokenizer, chats, stream, streams, (2, T), None, False)
+        source = row_stream(
+            tokenizer, chats, stream, streams, (2, T), cursor=None, everything=False
+        )
         seen, cursor = Counter(), {"epoch": 0}
         while cursor["epoch"] < 2:
             rows, cursor = next(source)
@@ -74,7 +76,7 @@ def test_every_conversation_is_whole_once_or_counted(tokenizer, sizes, streams):
 def test_a_corpus_without_a_fitting_answer_is_an_error_not_a_loop(tokenizer):
     chats = [talk(i, 1, 200) for i in range(70)]
     with pytest.raises(UserError, match="not one of 70 conversations fits into 32"):
-        next(row_stream(tokenizer, chats, 0, 1, (1, 32), None, False))
+        next(row_stream(tokenizer, chats, 0, 1, (1, 32), cursor=None, everything=False))
 
 
 def test_counts_survive_a_resume(tokenizer):
@@ -127,7 +129,9 @@ def test_a_batch_without_a_trained_token_does_no_harm(tokenizer):
     silent = [
         {"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(70)
     ]
-    rows, _ = next(row_stream(tokenizer, silent, 0, 1, (2, 64), None, False))
+    rows, _ = next(
+        row_stream(tokenizer, silent, 0, 1, (2, 64), cursor=None, everything=False)
+    )
     assert not any(any(mask) for _, mask in rows)
     batch = next(chat_batches(tokenizer, silent, 2, 64, CPU))
     assert (batch.targets == -1).all()

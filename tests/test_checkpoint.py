@@ -122,7 +122,7 @@ def trained():
 
 def write(folder: Path, step: int, trained, keep: int = 2) -> None:
     cursors, meta = {"0": {"left": [step]}}, {"results": {}}
-    checkpoint.save(folder, step, *trained, cursors, meta, keep)
+    checkpoint.save(folder, step, *trained, cursors, meta=meta, keep=keep)
 
 
 def verify(folder: Path) -> list[int]:
@@ -305,12 +305,12 @@ def test_a_stop_in_the_last_step_still_finishes(base_dir, tiny, monkeypatch):
 
 
 def test_a_resumed_log_repeats_what_the_checkpoint_does_not_know(base_dir):
-    log = RunLog("base_train")
+    log = RunLog("base_train", tag="d2")
     for step in range(5):
         log.write(step=step, loss=float(step))
     with open(log.path, "a") as file:
         file.write('{"step": 5, "lo')  # killed in the middle of a line
-    again = RunLog("base_train", start=3)
+    again = RunLog("base_train", start=3, tag="d2")
     again.write(step=3, loss=9.0)
     assert losses(base_dir) == [0.0, 1.0, 2.0, 9.0]
 

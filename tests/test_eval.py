@@ -663,7 +663,7 @@ def test_the_chapter_names_the_recorded_run():
 
 def write_run(base):
     (base / "report").mkdir(parents=True)
-    (base / "runs").mkdir()
+    (base / "runs/base_train").mkdir(parents=True)
     task = {
         "n": 40,
         "chance": 0.0,
@@ -681,7 +681,7 @@ def write_run(base):
     (base / "report/base_eval.json").write_text('{"val_bpb": 1.9, "bigram_bpb": 2.4}')
     (base / "report/broken.json").write_text("{")
     lines = [json.dumps({"step": i, "loss": 5 / (i + 1)}) for i in range(700)]
-    (base / "runs/base_train.jsonl").write_text("\n".join(lines) + '\n{"step": 70')
+    (base / "runs/base_train/d2.jsonl").write_text("\n".join(lines) + '\n{"step": 70')
 
 
 def test_report_of_a_run(tmp_path):

@@ -26,6 +26,7 @@ from nanochat.plan import model_config
 CPU = torch.device("cpu")
 EPOCHS = 3
 WORLDS = pytest.mark.parametrize("world", range(1, 9))
+FEW_PLACES = {"data": "", "places": 6}  # defaults of `packed_stream`, for small corpora
 few = settings(max_examples=4, deadline=None, derandomize=True)
 
 
@@ -75,9 +76,8 @@ def read(folder, start, step, epoch, epochs=1):
 def rank_batches(folder, rank, world, streams, shape, cursors=None, **options):
     "What `batches` yields on one of several ranks."
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # read at the first next
-    source = batches(
-        Words(), "train", *shape, CPU, streams, cursors, str(folder), **options
-    )
+    options |= {"num_streams": streams, "cursors": cursors, "data": str(folder)}
+    source = batches(Words(), "train", *shape, CPU, **options)
     while True:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         yield next(source)
@@ -168,7 +168,7 @@ def test_best_fit_uses_every_document_that_it_read(world, data):
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ),
-        patch("nanochat.dataloader.packed_stream.__defaults__", ("", 6)),
+        patch("nanochat.dataloader.packed_stream.__kwdefaults__", FEW_PLACES),
     ):
         write_corpus(Path(folder), lengths, sizes)
         full = {i + 1: n for i, n in enumerate(lengths) if n}
@@ -206,7 +206,7 @@ def test_a_cursor_continues_exactly(world, data, stop, best_fit, rank):
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ),
-        patch("nanochat.dataloader.packed_stream.__defaults__", ("", 6)),
+        patch("nanochat.dataloader.packed_stream.__kwdefaults__", FEW_PLACES),
     ):
         write_corpus(Path(folder), lengths, sizes)
         turns, options = streams // world, {"best_fit": best_fit}

@@ -17,7 +17,7 @@ from nanochat.accounting import (
     training_memory,
 )
 from nanochat.common import UserError
-from nanochat.config import BaseConfig
+from nanochat.config import BaseConfig, OptimConfig
 from nanochat.dry_run import walk
 from nanochat.fp8 import fp8_memory, use_fp8
 from nanochat.gpt import GPT, GPTConfig
@@ -192,11 +192,13 @@ def test_what_eight_bits_add_is_what_autograd_keeps_more(monkeypatch, dtype):
 def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
     config, sizes = model_config(20, 65_536, 2048), {}
     for kind in ("cuda", "cpu"):
-        plan = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4, device_type=kind)
+        plan = make_plan(
+            config, 16, 524_288, 1000, activation_bytes=4, device_type=kind
+        )
         sizes[kind] = plan.memory
     half = make_plan(config, 16, 524_288, 1000)
     assert half.memory < sizes["cuda"] < 0.7 * sizes["cpu"]
-    unsaid = make_plan(config, 16, 524_288, 1000, 20.0, 1, 4)
+    unsaid = make_plan(config, 16, 524_288, 1000, activation_bytes=4)
     assert unsaid.memory == sizes["cpu"]
     parts = training_memory(config, 16, 4, device_type="cuda")
     scores = 4 * 16 * kept_weights(config) * config.n_head
@@ -335,7 +337,7 @@ def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
         (["--gpu", "tpu"], "use h100"),
         (["--gpu", "5090", "--budget", "50"], "add --price"),
         (["--gpu", "h100", "--depth", "20", "--hours", "3"], "leave --depth out"),
-        (["--gpu", "h100", "--gpus", "0"], "starts at 1"),
+        (["--gpu", "h100", "--gpus", "0"], "use at least 1"),
         (["--budget", "10"], "need a --gpu"),
         (["--gpu", "h100", "--device-batch-size", "64"], "use at most 32"),
     ],
@@ -389,7 +391,9 @@ def test_the_plan_counts_what_the_optimizers_send(fields, world):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"matrix_method": "cubic"}, {"grad_clip": -1.0}], ids=["method", "clip"]
+    "wrong",
+    [{"optimizer": OptimConfig(matrix_method="cubic")}, {"grad_clip": -1.0}],
+    ids=["method", "clip"],
 )
 def test_a_dry_run_refuses_what_training_refuses(wrong):
     config = BaseConfig(depth=2, max_seq_len=64, device_batch_size=2, world=2)

@@ -287,7 +287,7 @@ def test_resuming_equals_not_stopping(tmp_path):
         pass
 
     def save(step, results):
-        checkpoint.save(folder, step, half, optimizer, None, {"results": results})
+        checkpoint.save(folder, step, half, optimizer, meta={"results": results})
         raise Stop
 
     with pytest.raises(Stop):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
 from nanochat.common import UserError
-from nanochat.config import ChatConfig
+from nanochat.config import ChatConfig, OptimConfig
 from nanochat.stage import midtrain as main
 from nanochat.train import StopSignal
 
@@ -19,7 +19,7 @@ OPTIONS = dict(
     num_iterations=4,
     eval_every=-1,
     eval_tokens=128,
-    matrix_lr=0.01,
+    optimizer=OptimConfig(matrix_lr=0.01),
     lr_frac=0.5,
     device="cpu",
     warm_start=True,
