@@ -1210,11 +1210,13 @@ SPLITS = {
 
 
 def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
+    "Describe every file of the folder in its manifest.json."
     files = {}
     for path in sorted(
         p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"
     ):
-        name, raw = path.relative_to(out).as_posix(), path.read_bytes()
+        name = path.relative_to(out).as_posix()
+        raw = path.read_bytes()
         entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         if name.startswith("pretrain/"):
             entry["rows"] = pq.read_metadata(path).num_rows
@@ -1247,13 +1249,47 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
     print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
 
 
+def is_replaceable(folder: Path) -> bool:
+    "Whether a folder is absent, empty, or one that this script wrote."
+    if not folder.exists():
+        return not folder.is_symlink()
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        listed = set(manifest["files"]) | {"manifest.json"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # A file that the manifest does not list is somebody else's.
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    folders = {p for p in present if (folder / p).is_dir()}
+    return present - folders <= listed
+
+
+def install(made: Path, out: Path) -> None:
+    "Put the new files in the place of the old ones."
+    # Asked again: building takes minutes, in which files may have come.
+    if not is_replaceable(out):
+        raise SystemExit(f"{out} has changed meanwhile: nothing there was touched")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(made, out)
+
+
 def main() -> None:
+    "Fetch the packages, build in a temporary folder, and replace the old files."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--cache", type=Path, required=True, help="where the packages lie"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
     args = parser.parse_args()
+    if not is_replaceable(args.out):
+        parser.error(
+            f"--out {args.out} holds files that this script did not write: "
+            "name an empty or a new folder"
+        )
     fetch(args.cache)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -1262,8 +1298,7 @@ def main() -> None:
         evals = make_evals(args.cache, out)
         shutil.copy(ROOT / "dev" / "DATA_LICENSES", out / "LICENSES")
         make_manifest(out, pretrain, chat, evals)
-        shutil.rmtree(args.out, ignore_errors=True)
-        shutil.copytree(out, args.out)
+        install(out, args.out)
 
 
 if __name__ == "__main__":
