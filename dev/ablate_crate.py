@@ -2,7 +2,7 @@
 
 python dev/ablate_crate.py                    the embedded training text, three minutes
 python dev/ablate_crate.py --record FILE      keep the table as Markdown
-python dev/ablate_crate.py --tiny             two variants, once, on a hundred documents
+python dev/ablate_crate.py --tiny             two variants, not optimized, on little text
 
 Every variant is the crate's source with a line or two replaced; a line that is no longer
 there stops the script. All variants must give the same ids. Each measurement is a process
@@ -24,7 +24,7 @@ from bench_tokenizers import cpu_name
 from nanochat.dataset import iter_documents
 
 CRATE = Path(__file__).resolve().parents[1] / "rustbpe"
-BUILT = CRATE / "target" / "ablation"  # kept, so that only the crate is compiled again
+BUILT = CRATE / "target"  # shared, so that only the crate itself is compiled again
 FX = "use rustc_hash::FxHashMap;"
 SIP = "use std::collections::HashMap as FxHashMap;"
 VARIANTS = {  # name -> [(file, what stands there, what replaces it)]
@@ -82,18 +82,24 @@ def copy_crate(changes: list, source: Path) -> None:
         file.write_text(text.replace(old, new), "utf-8")
 
 
-def build(changes: list, folder: Path) -> Path:
+def build(changes: list, folder: Path, profile: str) -> Path:
     "Compile a variant of the crate; return the program that times its phases."
     source = folder / "crate"
     copy_crate(changes, source)
-    command = ["cargo", "build", "-q", "--release", "--example", "phases"]
+    command = ["cargo", "build", "-q", "--profile", profile, "--example", "phases"]
     env = os.environ | {"CARGO_TARGET_DIR": str(BUILT), "RUSTFLAGS": "-Awarnings"}
     subprocess.run(command, cwd=source, env=env, check=True)
-    return BUILT / "release" / "examples" / "phases"
+    place = "debug" if profile == "dev" else profile
+    return BUILT / place / "examples" / "phases"
 
 
-def measure(variants: list[str], repeats: int, docs: list[str]) -> dict[str, list]:
-    "Run the variants' programs in turns; return what each run of each says."
+def measure(
+    variants: list[str],
+    repeats: int,
+    docs: list[str],
+    profile: str = "release",  # cargo's
+) -> dict[str, list]:  # variant -> what each run says
+    "Compile the variants and run their programs in turns."
     results = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,7 +107,7 @@ def measure(variants: list[str], repeats: int, docs: list[str]) -> dict[str, lis
         text.write_text("\0".join(docs), "utf-8")
         programs = {}
         for i, variant in enumerate(variants):
-            built = build(VARIANTS[variant], folder)
+            built = build(VARIANTS[variant], folder, profile)
             programs[variant] = shutil.copy(built, folder / str(i))
 
         # Taking turns, so that a noisy minute hits all of them.
@@ -155,14 +161,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two variants, little text")
     options = parser.parse_args()
     docs = [text for text, _ in iter_documents("train", data="embedded")]
-    variants = list(VARIANTS)
-    repeats = options.repeats
     if options.tiny:
-        docs = docs[:100]
-        variants = list(TINY)
-        repeats = 1
+        docs = docs[:30]
+        results = measure(list(TINY), 1, docs, "dev")
+    else:
+        results = measure(list(VARIANTS), options.repeats, docs)
     size = len("\0".join(docs).encode()) / 1e6
-    lines = table(measure(variants, repeats, docs), size)
+    lines = table(results, size)
     print("\n".join(lines))
     if options.record:
         Path(options.record).write_text("\n".join(lines) + "\n", "utf-8")

@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("--record", default="dev/records/scaling.json")
     parser.add_argument("--budgets", type=float, nargs="*", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="two sizes, some steps each")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two sizes, some steps each"
+    )
     options = parser.parse_args()
     plan = TINY if options.tiny else {b: BUDGETS[b] for b in options.budgets}
     torch.set_num_threads(1)

@@ -50,13 +50,15 @@ def flops(vocab: int) -> float:
     return flops_per_token(model_config(DEPTH, vocab, CONTEXT))
 
 
-def study(case: tuple[int, int, int]) -> dict:
+def study(case: tuple[int, int, bool]) -> dict:
     "Train a tokenizer of a size and a model from a seed; measure bits per byte."
-    size, seed, usual_steps = case
+    size, seed, tiny = case
     docs = [text for text, _ in iter_documents("val", data="embedded")]
-    steps = round(usual_steps * flops(2048) / flops(size))
+    docs = docs[:10] if tiny else docs
+    steps = round((2 if tiny else STEPS) * flops(2048) / flops(size))
+    text = {"max_chars": 200_000} if tiny else {}
     with tempfile.TemporaryDirectory() as base:
-        run("tok_train", base, vocab_size=size)
+        run("tok_train", base, vocab_size=size, **text)
         tokenizer = RustBPETokenizer.from_directory(Path(base) / "tokenizer")
         tokens = sum(map(len, tokenizer.encode(docs)))
         sizes = {"max_seq_len": CONTEXT, "total_batch_size": BATCH}
@@ -76,12 +78,11 @@ def main() -> None:
     parser.add_argument("--record", required=True, help="JSON file for the results")
     parser.add_argument("--tiny", action="store_true", help="one size, seed; two steps")
     options = parser.parse_args()
-    sizes, seeds, steps = (SIZES, SEEDS, STEPS)
-    if options.tiny:
-        sizes, seeds, steps = ([512], [1], 2)
+    sizes = [512] if options.tiny else SIZES
+    seeds = [1] if options.tiny else SEEDS
     rows = {}
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(study, product(sizes, seeds, [steps])):
+        for row in pool.map(study, product(sizes, seeds, [options.tiny])):
             bits = row.pop("val_bpb")
             rows.setdefault(row["vocab_size"], row | {"val_bpb": []})
             rows[row["vocab_size"]]["val_bpb"].append(bits)
