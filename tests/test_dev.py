@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DEV = ROOT / "dev"
+sys.path.insert(0, str(DEV))  # the scripts import each other
 RECORDS = DEV / "records"
 TESTED = {  # scripts whose smallest case has a test elsewhere
     "ablation": "test_ablation",
@@ -59,6 +60,37 @@ def test_every_script_is_run_somewhere():
         else:
             calls = rf'(run|load)\("{name}"'
             assert re.search(calls, here), f"{script}: no test runs it"
+
+
+def test_the_makefile_remakes_every_record():
+    text = (ROOT / "Makefile").read_text("utf-8")
+    table = dict(re.findall(r"^#   (\S+\.\w+) +((?:python|bash) \S+) ", text, re.M))
+    assert set(table) == {file.name for file in RECORDS.iterdir()}
+    recipe = re.search(r"^records:.*\n((?:\t.*\n)+(?:.*json\n)?)", text, re.M)[1]
+    commands = recipe.replace("\\\n", " ").splitlines()
+    for file, command in table.items():
+        # The command of the table, and the one that writes the file, are in the recipe.
+        assert any(command in line for line in commands), command
+        (*_, writes) = [x for x in commands if x.endswith(f"$(RECORDS)/{file}")]
+        script = re.search(r"python (dev/\w+\.py)", writes)[1]
+        assert (ROOT / script).is_file()
+        assert command == f"python {script}" or command == "bash speedrun.sh"
+        source = (ROOT / script).read_text("utf-8")
+        for option in re.findall(r" (--[a-z-]+)", writes):
+            assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+def test_the_compression_of_a_tokenizer(tmp_path):
+    file = tmp_path / "record.json"
+    run("tokenizer_compression", "--tiny", "--record", file)
+    found = json.loads(file.read_text("utf-8"))
+    kept = json.loads((RECORDS / "tokenizer_compression.json").read_text("utf-8"))
+    assert found.keys() == kept.keys()
+    assert [row["text"] for row in found["rows"]] == [
+        row["text"] for row in kept["rows"]
+    ]
+    assert [*found["rows"][0]] == [*kept["rows"][0]][:3]
+    assert all(1 <= row["ours 2,048"] < 5 for row in found["rows"])
 
 
 def test_the_model_bench(tmp_path):
@@ -202,9 +234,9 @@ def test_the_race_is_recorded(short_race, tmp_path, monkeypatch):
     kept = json.loads((RECORDS / "race.json").read_text())
     assert found.keys() == kept.keys()
     assert {row["name"] for row in found["runs"]} == set(short_race.RECIPES)
-    assert {row["recipe"]["rate"] for row in found["runs"] if "AdamW" in row["name"]} == {
-        0.004
-    }
+    assert {
+        row["recipe"]["rate"] for row in found["runs"] if "AdamW" in row["name"]
+    } == {0.004}
 
 
 # ------------------------------------------------------------- the embedded text
@@ -225,7 +257,7 @@ def test_the_manifest_describes_the_files(tmp_path):
     assert found.keys() == kept.keys()
     entry = found["files"]["chat/identity.jsonl"]
     assert entry["rows"] == 2 and entry["bytes"] == 18
-    assert entry["source"] == kept["files"]["chat/identity.train.jsonl"]["source"]
+    assert entry["source"] == kept["files"]["chat/identity_train.jsonl"]["source"]
 
 
 def test_old_data_are_replaced(tmp_path):
