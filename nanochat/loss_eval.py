@@ -6,6 +6,10 @@
 __all__ = ['evaluate_bpb', 'Bigram', 'encode_documents', 'fit_bigram', 'bigram_bpb']
 
 # %% ../nbs/09_evaluation.ipynb #623c4a53
+# Losses are nats per token, and tokenizers cut differently: bits per byte divide the sum of
+# nats by the UTF-8 bytes of the targets, so that models of any vocabulary can be compared.
+# Special tokens (no bytes) and ignored targets (-1) count neither above nor below the line.
+# Sums, not averages, are added over ranks, in float64. `Bigram` has the call of a model.
 import math
 from collections.abc import Iterable, Iterator
 

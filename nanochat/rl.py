@@ -6,6 +6,19 @@
 __all__ = ['STAGE', 'RLConfig', 'group_advantages', 'policy_loss', 'Rollout', 'roll_out', 'pad_rows', 'accumulate_policy', 'room_for_reply', 'examine', 'Questions', 'describe', 'policy_step', 'is_due', 'train_rl', 'practice_questions', 'reinforce', 'tell_practice']
 
 # %% ../nbs/09_evaluation.ipynb #ee8465f3
+# What a step promises (`policy_step`): it samples `num_samples` replies to each of its
+# questions with the weights as they are, rewards them, and follows the gradient of exactly
+# these replies once. No sample is used twice, so no importance weights and no clipping of
+# ratios are needed. Only tokens that the model chose are learned from (`mask` 1), never the
+# prompt or a tool's output; every one weighs the same, whatever the length of its reply.
+# Rewards are compared within the replies to one prompt; a group whose rewards are all equal
+# teaches nothing.
+#
+# A step depends on weights, optimizer state, the seed and its own number alone: its questions
+# and its dice are computed from them, so a run resumes at any step and keeps no cursor. Dice
+# differ by rank; gradients and records are summed over all ranks.
+#
+# P prompts, S samples of each, B = P * S replies, T positions of the longest.
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -116,11 +129,14 @@ def roll_out(
     num_samples: int = 0,  # replies to each; 0: as configured
 ) -> Rollout:
     "Sample several replies to each prompt in one batch, and reward them."
-    samples, tokenizer = num_samples or config.num_samples, engine.tokenizer
+    samples = num_samples or config.num_samples
+    tokenizer = engine.tokenizer
     conversations = [task[i] for i in indices]
     prompts = [tokenizer.render_for_completion(c) for c in conversations]
     sampling = (config.max_new_tokens, config.temperature, config.top_k, seed)
     rows = engine.generate_many(prompts, *sampling, num_samples=samples)
+
+    # The rows of one prompt stand together.
     rewards = [
         task.reward(conversations[i // samples], tokenizer.decode(row.reply))
         for i, row in enumerate(rows)
@@ -157,14 +173,16 @@ def accumulate_policy(
 ) -> None:
     "Add the policy gradient of a rollout to the parameters' gradients."
     advantages = group_advantages(rollout.rewards).flatten()
+    # Replies without an advantage teach nothing; where no other is left, one of them gives
+    # the parameters a gradient of zero, so that every rank takes part in the step.
     active = [i for i in range(len(rollout.ids)) if advantages[i] != 0] or [0]
-    active.sort(key=lambda i: len(rollout.ids[i]))
+    active.sort(key=lambda i: len(rollout.ids[i]))  # little padding
     device = model.get_device()
     for first in range(0, len(active), batch_size):
         part = active[first : first + batch_size]
-        inputs, targets = pad_rows(
-            [rollout.ids[i] for i in part], [rollout.mask[i] for i in part], device
-        )
+        ids = [rollout.ids[i] for i in part]
+        mask = [rollout.mask[i] for i in part]
+        inputs, targets = pad_rows(ids, mask, device)
         weight = advantages[part].to(device)
         policy_loss(model, inputs, targets, weight, count).backward()
 
@@ -191,7 +209,8 @@ def examine(
     rank, _, world = get_dist_info()
     mine = range(min(config.eval_examples, len(task)))[rank::world]
     greedy = replace(config, temperature=0.0)
-    fits, k = room_for_reply(engine, task), config.eval_samples
+    fits = room_for_reply(engine, task)
+    k = config.eval_samples
     results = []
     for first in range(0, len(mine), config.device_batch_size):
         part = mine[first : first + config.device_batch_size]
@@ -200,6 +219,8 @@ def examine(
         results += [(0.0, 0.0, 0.0, 0.0)] * (len(part) - len(asked))
         if not asked:
             continue
+
+        # One greedy reply to each question, and k that are sampled.
         best = roll_out(engine, task, asked, greedy, 0, num_samples=1)
         seed = 1_000_000 + first
         many = roll_out(engine, task, asked, config, seed, num_samples=k)
@@ -219,13 +240,14 @@ class Questions:
         self,
         task: Task,
         config: RLConfig,
-        fits: Callable[[int], bool] = lambda index: (
-            True
-        ),  # whether a question can be asked
+        fits: Callable[[int], bool]
+        | None = None,  # whether one can be asked; None: all
     ):
         generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.randperm(len(task), generator=generator).tolist()
-        self.task, self.config, self.fits = task, config, fits
+        self.task = task
+        self.config = config
+        self.fits = fits
         self.seen = 0  # places of the order that were looked at
         self.usable: list[int] = []  # questions that fit, in their order
 
@@ -239,7 +261,7 @@ class Questions:
         while place >= len(self.usable) and self.seen < len(self.order):
             index = self.order[self.seen]
             self.seen += 1
-            if self.fits(index):
+            if self.fits is None or self.fits(index):
                 self.usable.append(index)
         if not self.usable:
             raise UserError(
@@ -260,10 +282,12 @@ def describe(
     rollout: Rollout,  # this rank's share of a step
     device: torch.device,
 ) -> dict[str, float]:  # over all ranks
-    "What happened in the rollout of one step."
+    "Summarize the rollout of one step."
     rewards = rollout.rewards
     mixed = (rewards.amax(1) > rewards.amin(1)).sum()
     rows = rewards.numel()
+
+    # Sums can be added over ranks; the shares are computed afterwards.
     values = (rollout.num_tokens, rows, len(rewards), rewards.sum(), mixed)
     sums = torch.tensor([*values, rollout.ended * rows], device=device)
     if dist.is_initialized():
@@ -349,8 +373,11 @@ def train_rl(
             if is_due(step + 1, config.eval_every):
                 record |= examine(engine, held_out, config)
             log.write(step=step, **record)
+
             shown = {"reward": record["reward"], "norm": record["grad_norm"]}
             bar.update(step + 1, **{k: f"{v:.3f}" for k, v in shown.items()})
+
+            # Save what cannot be done again cheaply, then stop if somebody asked for it.
             stopping = stop.agreed(engine.model.get_device())
             if step + 1 == config.num_steps:
                 break  # saved below, also when asked to stop
@@ -377,7 +404,8 @@ def practice_questions(task: str, split: str) -> Task:
 
 def reinforce(config: RLConfig) -> dict[str, Any]:  # examination before and after
     "Improve a fine-tuned model by practice with a checker."
-    device, world = begin(config), get_dist_info()[2]
+    device = begin(config)
+    world = get_dist_info()[2]
     if config.examples_per_step % world:
         raise UserError(
             f"examples_per_step={config.examples_per_step} cannot be shared by {world} "
@@ -388,6 +416,8 @@ def reinforce(config: RLConfig) -> dict[str, Any]:  # examination before and aft
     where = config.source, device, config.source_tag, config.step
     model, tokenizer, meta = checkpoint.load_model(*where)
     model.dtype = compute_dtype(device, config.dtype)
+
+    # What this stage adds to the model that it improves: optimizer, steps and a name.
     stage = Stage(
         name=STAGE,
         source="rl",
@@ -400,6 +430,7 @@ def reinforce(config: RLConfig) -> dict[str, Any]:  # examination before and aft
         parent=meta["sha256"]["model.safetensors"],
     )
     stage.resume()
+
     results = stage.results
     if not stage.finished:
         stage.check()

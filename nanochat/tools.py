@@ -6,6 +6,10 @@
 __all__ = ['MAX_CHARS', 'MAX_BITS', 'OPERATORS', 'divide', 'power', 'evaluate', 'number', 'use_calculator']
 
 # %% ../nbs/08_implementation_details.ipynb #51488296
+# What a model writes as a tool call is text from a stranger: it is parsed, never run. Allowed
+# are numbers, + - * / // % **, signs, brackets, and `"text".count("t")`. The size of every
+# intermediate result is bounded before it is computed, so that no call takes long or much
+# memory. `use_calculator` returns text, or None for whatever is not such a calculation.
 import ast
 import math
 import operator
@@ -77,6 +81,8 @@ def use_calculator(
     "Evaluate arithmetic, or count letters, without running any code."
     if len(expr) > MAX_CHARS:
         return None
+
+    # Parse and compute; whatever goes wrong there is no calculation.
     if not {"'", '"'} & set(expr):  # 1,234 + 1: commas group digits
         expr = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expr)
     try:
