@@ -71,7 +71,7 @@ def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
     sampling = (config.max_tokens, config.temperature, config.top_k)
     seed = None if config.seed < 0 else config.seed
     events = []
-    for event in reply_events(engine, ids, *sampling, seed):
+    for event in reply_events(engine, ids, *sampling, seed=seed):
         events.append(event)
         if "token" in event:
             print(visible(event["token"]), end="", flush=True)

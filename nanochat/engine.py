@@ -210,6 +210,7 @@ def run_rows(
     engine: "Engine",
     rows: list[Row],  # `num_samples` for each prompt; they grow in place
     num_samples: int,
+    *,
     temperature: float,
     top_k: int | None,
     seed: int,
@@ -304,11 +305,13 @@ class Engine:
         max_tokens: int | None = None,  # None: up to the context's end
         temperature: float = 1.0,  # 0: always the best token
         top_k: int | None = None,
+        *,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:  # (tokens, masks), one entry a sample
         "Yield a column per step; a finished row repeats its last token with mask 0."
         rows = self.start([tokens], num_samples, max_tokens)
-        for _ in run_rows(self, rows, num_samples, temperature, top_k, seed):
+        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        for _ in run_rows(self, rows, num_samples, **sampling):
             yield [row.column[0] for row in rows], [row.column[1] for row in rows]
 
     def generate_many(
@@ -318,11 +321,13 @@ class Engine:
         temperature=1.0,
         top_k=None,
         seed=42,
+        *,
         num_samples=1,
     ) -> list[Row]:  # the samples of the first prompt, then of the second, ...
         "Complete prompts of different lengths in one batch."
         rows = self.start(prompts, num_samples, max_tokens)
-        for _ in run_rows(self, rows, num_samples, temperature, top_k, seed):
+        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        for _ in run_rows(self, rows, num_samples, **sampling):
             pass
         return rows
 
@@ -333,6 +338,7 @@ class Engine:
         max_tokens=None,
         temperature=1.0,
         top_k=None,
+        *,
         seed=42,
     ) -> tuple[list[list[int]], list[list[int]]]:  # ids with the prompt, masks
         "Complete one prompt several times; the end token is left out."

@@ -57,7 +57,8 @@ class Bigram:
         vocab_size: int,  # V
         k: float = 1.0,  # weight of the unigram guess, in observations
     ):
-        self.vocab_size, self.k = vocab_size, k
+        self.vocab_size = vocab_size
+        self.k = k
         one = torch.bincount(ids, minlength=vocab_size).double()
         self.unigram = (one + 1) / (one.sum() + vocab_size)
         self.seen = torch.bincount(ids[:-1], minlength=vocab_size).double()
@@ -98,7 +99,8 @@ def fit_bigram(
 ) -> Bigram:
     "Count pairs; choose k on the last tenth of the training tokens."
     cut = len(ids) * 9 // 10
-    counted, rest = ids[:cut], ids[cut:]
+    counted = ids[:cut]
+    rest = ids[cut:]
     bigram = Bigram(counted, vocab_size)
 
     def loss(k: float) -> float:

@@ -68,6 +68,7 @@ class ReplyReader:
     def read(self, token: int) -> list[dict]:
         "Take one token; return the events that it completes."
         control = self.control
+        # The four control tokens of a call move between its two halves; the rest is text.
         if token == control.python[0]:
             self.call = []
             self.writing = True
@@ -107,6 +108,7 @@ def reply_events(
     max_tokens: int = 512,
     temperature: float = 0.8,
     top_k: int | None = 50,
+    *,
     seed: int | None = None,  # None: a new one for each reply
 ) -> Iterator[
     dict
@@ -116,7 +118,8 @@ def reply_events(
     count = 0  # tokens of the reply, without the one that ends it
     ended = False
     seed = secrets.randbits(31) if seed is None else seed
-    for (token,), _ in engine.generate(prompt, 1, max_tokens, temperature, top_k, seed):
+    sampling = (max_tokens, temperature, top_k)
+    for (token,), _ in engine.generate(prompt, 1, *sampling, seed=seed):
         ended = token in engine.control.ends
         count += not ended
         yield from reader.read(token)
@@ -271,7 +274,8 @@ def prepare(
 
     temperature = pick(request.temperature, service.temperature)
     top_k = pick(request.top_k, service.top_k)
-    events = reply_events(engine, ids, max_tokens, temperature, top_k, request.seed)
+    sampling = (max_tokens, temperature, top_k)
+    events = reply_events(engine, ids, *sampling, seed=request.seed)
     return events, dropped
 
 # %% ../nbs/08_implementation_details.ipynb #fb432497
@@ -298,6 +302,7 @@ async def stream_reply(
         logging.getLogger("nanochat").exception("a reply failed")
         yield {"error": f"generation failed: {error}"}
     finally:
+        # Also when the client is gone: the generator frees its memory before others start.
         events.close()
         service.busy -= 1
         service.gate.release()
@@ -385,6 +390,8 @@ async def openai_lines(
     yield sse(
         openai_record(service, kind, {"delta": delta, "finish_reason": None}, identity)
     )
+
+    # Text and the end have a place in this format; tool calls have none and are left out.
     async for event in events:
         choice = {"delta": {}, "finish_reason": None}
         if "token" in event:
@@ -442,6 +449,7 @@ def create_app(
     def refuse(detail: str) -> JSONResponse:
         return JSONResponse({"detail": detail}, status_code=400)
 
+    # What is refused gets one line, whoever noticed it: our checks or the field bounds.
     @app.exception_handler(UserError)
     async def bad_conversation(request: Request, error: UserError) -> JSONResponse:
         return refuse(str(error))

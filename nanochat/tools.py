@@ -44,18 +44,21 @@ def power(a: int | float, b: int | float) -> int | float:
 def evaluate(node: ast.AST) -> int | float:
     'Compute a syntax tree made of numbers, operators and `"text".count("t")`.'
     match node:
+        # Whole and broken numbers with their signs; True is no number.
         case ast.Constant(value=value) if type(value) in (int, float):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return number(operand)
+        # Two of the operators need more care than a table can take.
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return divide(number(left), number(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return power(number(left), number(right))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](number(left), number(right))
+        # The one method that may be called: count, on a text, with a text.
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
             args=[ast.Constant(value=str(letters))],
