@@ -195,7 +195,8 @@ def train_one(name: str, seed: int, factor: float, folder: str, steps: int) -> d
     tokenizer = RustBPETokenizer.from_directory(folder)
     model = fresh_model(name, seed)
     optimizer = optimizer_of(model, name, factor)
-    T, cpu = BASE["sequence_len"], torch.device("cpu")
+    T = BASE["sequence_len"]
+    cpu = torch.device("cpu")
     stream = batches(tokenizer, "train", ROWS, T, cpu, 1, None, "embedded")
     for step in range(steps):
         accumulate(model, [next(stream)])

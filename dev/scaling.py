@@ -25,7 +25,9 @@ SIZES = ((8, 1), (16, 1), (24, 1), (32, 2), (48, 2), (64, 3))  # width, layers
 BUDGETS = {2e10: SIZES[:5], 6e10: SIZES[:5], 2e11: SIZES[2:6], 6e11: SIZES[3:]}
 TINY = {1e8: SIZES[:2]}
 RATES = (0.012, 0.024)  # at width 64; a rate is divided by width / 64
-VOCAB, B, T = 512, 8, 64
+VOCAB = 512
+B = 8  # rows of a step
+T = 64  # context
 
 
 def config(width: int, layers: int) -> GPTConfig:
@@ -55,8 +57,9 @@ def texts() -> tuple[torch.Tensor, torch.Tensor, float]:
     return flat(train), windows, sum(len(t.encode()) for t in val) / len(held)
 
 
-def run(c: GPTConfig, tokens: float, rate: float, seed: int, ribbon, windows) -> float:
+def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> float:
     "Train for a number of tokens, the rate falling to zero; return the held-out loss."
+    ribbon, windows = text
     torch.manual_seed(seed)
     model = GPT(c)
     model.init_weights(seed=seed)
@@ -85,15 +88,14 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, ribbon, windows) ->
 def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> dict:
     "Train one size with one budget: at both rates, then from the other seeds."
     width, layers = size
-    ribbon, windows = text
     c = config(width, layers)
     N = weights(c)
     D = budget / (6 * N)
-    tried = {rate: run(c, D, rate, 1, ribbon, windows) for rate in RATES}
+    tried = {rate: run(c, D, rate, 1, text) for rate in RATES}
     best = min(tried, key=tried.get)
     losses = [tried[best]]
     for seed in range(2, seeds + 1):
-        losses.append(run(c, D, best, seed, ribbon, windows))
+        losses.append(run(c, D, best, seed, text))
     return {
         "budget": budget,
         "width": width,
