@@ -195,6 +195,8 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
     prompt = prompt_of(tokenizer, question)
     (ids, *_), _ = Engine(model, tokenizer).generate_batch(prompt, 1, 40, 0.0)
     found = picture(model, tokenizer, name, ids)
+
+    # Numbers that the model chose: the tool's output, which is forced, is none of them.
     forced = tokenizer.encode_special("<|output_start|>")
     spots = [
         t
@@ -228,6 +230,7 @@ def calls(model, tokenizer, count: int) -> dict:
         text = PHRASINGS["+"][5].format(name=who, thing=what, a=a, b=b)
         prompts.append(prompt_of(tokenizer, text))
         right.append(f"<|python_start|>{a}+{b}<|python_end|>")
+    # All heads, then all but one: whose absence costs right calls?
     engine = Engine(model, tokenizer)
 
     def score() -> int:

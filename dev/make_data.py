@@ -1238,28 +1238,34 @@ SPLITS = {
 }
 
 
+def describe(path: Path, name: str, evals: dict) -> dict:
+    "Return what the manifest says about one file."
+    raw = path.read_bytes()
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    if name.startswith("pretrain/"):
+        entry["rows"] = pq.read_metadata(path).num_rows
+    elif path.suffix in {".jsonl", ".txt"}:
+        entry["rows"] = raw.count(b"\n")
+
+    # Where it comes from: each evaluation has a source of its own, text has one by prefix.
+    if name in evals:
+        _, entry["source"], entry["licence"], layout = evals[name]
+        if layout:
+            entry["format"] = layout
+    for prefix, (source, licence) in SOURCES.items():
+        if name.startswith(prefix):
+            entry["source"] = source
+            entry["licence"] = licence
+    return entry
+
+
 def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
     "Describe every file of the folder in its manifest.json."
     files = {}
-    for path in sorted(
-        p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"
-    ):
-        name = path.relative_to(out).as_posix()
-        raw = path.read_bytes()
-        entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        if name.startswith("pretrain/"):
-            entry["rows"] = pq.read_metadata(path).num_rows
-        elif path.suffix in {".jsonl", ".txt"}:
-            entry["rows"] = raw.count(b"\n")
-        if name in evals:
-            _, entry["source"], entry["licence"], layout = evals[name]
-            if layout:
-                entry["format"] = layout
-        for prefix, (source, licence) in SOURCES.items():
-            if name.startswith(prefix):
-                entry["source"] = source
-                entry["licence"] = licence
-        files[name] = entry
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            name = path.relative_to(out).as_posix()
+            files[name] = describe(path, name, evals)
     manifest = {
         "validation": pretrain["validation"],
         "seed": SEED,

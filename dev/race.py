@@ -84,7 +84,7 @@ class PlainAdamW:
 
 
 def cosine(step: int, steps: int) -> float:
-    "Rise over a twentieth of the run, then fall to a tenth."
+    "Return the factor on the rate: up over a twentieth of the run, then down to a tenth."
     rise = max(1, steps // 20)
     if step < rise:
         return (step + 1) / rise

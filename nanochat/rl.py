@@ -352,7 +352,7 @@ def is_due(
 def train_rl(
     engine,  # nanochat.engine.Engine of the model to improve
     optimizer,  # nanochat.optim.Optimizers of that model
-    task: Task,  # questions to practise on
+    task: Task,  # questions to practice on
     held_out: Task,  # questions to be examined on
     config: RLConfig,
     *,

@@ -44,7 +44,9 @@ def run(name: str, *arguments) -> str:
 def outline(value):
     "Keep the keys of a record at every depth, and none of its numbers."
     if isinstance(value, dict):
-        return {key: outline(inner) for key, inner in value.items()}
+        found = {key: outline(inner) for key, inner in value.items()}
+        # What a machine and a model have to say grows with the project.
+        return found | dict.fromkeys(found.keys() & {"environment", "config"})
     if isinstance(value, list):
         return [outline(value[0])] if value else []
     return None
