@@ -67,7 +67,9 @@ def test_every_script_is_run_somewhere():
 def test_the_makefile_remakes_every_record():
     text = (ROOT / "Makefile").read_text("utf-8")
     table = dict(re.findall(r"^#   (\S+\.\w+) +((?:python|bash) \S+) ", text, re.M))
-    assert set(table) == {file.name for file in RECORDS.iterdir()}
+    present = {file.name for file in RECORDS.iterdir()}
+    assert set(table) == present - {"gpu.json"}  # which only a card can make
+    assert "gpu.json: python dev/gpu.py" in text
     recipe = re.search(r"^records:.*\n((?:\t.*\n)+(?:.*json\n)?)", text, re.M)[1]
     commands = recipe.replace("\\\n", " ").splitlines()
     for file, command in table.items():
