@@ -144,6 +144,7 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
             assert old not in text or old in new
 
 
+@pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
 def test_two_variants_of_the_crate(tmp_path):
     file = tmp_path / "record.md"
     run("ablate_crate", "--tiny", "--record", file)
