@@ -1,6 +1,6 @@
 # The commands of this repository; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup test check export book pdf bench data lock clean
+.PHONY: help setup test check export book pdf bench records data lock clean
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 # Two cores are shared by many small matrices here: one thread each is the fastest.
 export OMP_NUM_THREADS ?= 1
@@ -46,6 +46,46 @@ bench: setup ## measure tokenizer crate and model, alone and against their peers
 	$(CARGO) bench $(CRATE)
 	python dev/bench_tokenizers.py
 	python dev/bench_model.py
+
+# Each file of dev/records, what remakes it, and how long that took on two cores. A time stands
+# in the record itself, or it was not measured.
+#   speedrun_cpu.json           bash speedrun.sh                       9 minutes
+#   attention_maps.json         python dev/attention_maps.py           not measured
+#   gpu_baseline.json           python dev/gpu_baseline.py             39 minutes
+#   kill_resume.json            python dev/kill_test.py                not measured
+#   ranks.json                  python dev/ranks.py                    half a minute
+#   scaling.json                python dev/scaling.py                  not measured
+#   vocab_study.json            python dev/vocab_study.py              not measured
+#   ablation.json               python dev/ablation.py                 not measured
+#   race.json                   python dev/race.py                     146 minutes of runs, two at a time
+#   model_bench.json            python dev/bench_model.py              not measured
+#   optim_bench.json            python dev/bench_optim.py              not measured
+#   rustbpe.md                  python dev/bench_tokenizers.py         not measured
+#   rustbpe_ablation.md         python dev/ablate_crate.py             not measured
+#   tokenizer_compression.json  python dev/tokenizer_compression.py    not measured
+# A card makes one more, gpu.json: python dev/gpu.py, about seven minutes. REFERENCES is the folder
+# of OpenAI's two .tiktoken files. Finished runs of ablation and race are looked up in WORK.
+RECORDS := dev/records
+REFERENCES ?= $(HOME)/.cache/nanochat/tokenizers
+WORK ?= $(BUILD)/records
+records: setup ## measure again everything under dev/records (hours; times in the Makefile)
+	NANOCHAT_BASE_DIR=$(CURDIR)/$(WORK)/speedrun bash speedrun.sh
+	NANOCHAT_BASE_DIR=$(CURDIR)/$(WORK)/speedrun python dev/record.py $(RECORDS)/speedrun_cpu.json
+	NANOCHAT_BASE_DIR=$(CURDIR)/$(WORK)/speedrun python dev/attention_maps.py $(RECORDS)/attention_maps.json
+	python dev/gpu_baseline.py --record $(RECORDS)/gpu_baseline.json
+	python dev/kill_test.py --out $(RECORDS)/kill_resume.json
+	python dev/kill_test.py --kills 8 --ranks 2 --out $(RECORDS)/kill_resume.json
+	python dev/ranks.py --out $(RECORDS)/ranks.json
+	python dev/scaling.py --record $(RECORDS)/scaling.json
+	python dev/vocab_study.py --record $(RECORDS)/vocab_study.json
+	python dev/ablation.py --work $(WORK)/ablation --record $(RECORDS)/ablation.json
+	python dev/race.py --work $(WORK)/race --record $(RECORDS)/race.json
+	python dev/bench_model.py --record $(RECORDS)/model_bench.json
+	python dev/bench_optim.py --record $(RECORDS)/optim_bench.json
+	python dev/bench_tokenizers.py --record $(RECORDS)/rustbpe.md
+	python dev/ablate_crate.py --record $(RECORDS)/rustbpe_ablation.md
+	python dev/tokenizer_compression.py --reference-dir $(REFERENCES) \
+	  --record $(RECORDS)/tokenizer_compression.json
 
 data: setup ## make nanochat/data again from its public sources (550 MB)
 	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages

@@ -1,7 +1,8 @@
-"""What is each optimisation of the crate worth? Take them out, one at a time, and measure.
+"""What is each optimization of the crate worth? Take them out, one at a time, and measure.
 
 python dev/ablate_crate.py                    the embedded training text, three minutes
 python dev/ablate_crate.py --record FILE      keep the table as Markdown
+python dev/ablate_crate.py --tiny             two variants, not optimized, on little text
 
 Every variant is the crate's source with a line or two replaced; a line that is no longer
 there stops the script. All variants must give the same ids. Each measurement is a process
@@ -23,7 +24,9 @@ from bench_tokenizers import cpu_name
 from nanochat.dataset import iter_documents
 
 CRATE = Path(__file__).resolve().parents[1] / "rustbpe"
-FX, SIP = "use rustc_hash::FxHashMap;", "use std::collections::HashMap as FxHashMap;"
+BUILT = CRATE / "target"  # shared, so that only the crate itself is compiled again
+FX = "use rustc_hash::FxHashMap;"
+SIP = "use std::collections::HashMap as FxHashMap;"
 VARIANTS = {  # name -> [(file, what stands there, what replaces it)]
     "as committed": [],
     "the regex engine instead of the scanner": [
@@ -62,12 +65,12 @@ VARIANTS = {  # name -> [(file, what stands there, what replaces it)]
         ),
     ],
 }
+TINY = ("as committed", "no table of recent chunks")
 PHASES = ("split", "count", "merge", "encode", "encode, 2,048 tokens")
 
 
-def build(changes: list, folder: Path) -> Path:
-    "Compile a variant of the crate; return the program that times its phases."
-    source = folder / "crate"
+def copy_crate(changes: list, source: Path) -> None:
+    "Copy the crate's source and replace what a variant replaces."
     shutil.rmtree(source, ignore_errors=True)
     ignore = shutil.ignore_patterns("target", "fuzz")
     shutil.copytree(CRATE, source, ignore=ignore)
@@ -77,62 +80,99 @@ def build(changes: list, folder: Path) -> Path:
         if text.count(old) != 1:
             raise SystemExit(f"{name} has {text.count(old)} times: {old}")
         file.write_text(text.replace(old, new), "utf-8")
-    command = ["cargo", "build", "-q", "--release", "--example", "phases"]
-    env = os.environ | {"CARGO_TARGET_DIR": str(folder / "target")}
-    env["RUSTFLAGS"] = "-Awarnings"
+
+
+def build(changes: list, folder: Path, profile: str) -> Path:
+    "Compile a variant of the crate; return the program that times its phases."
+    source = folder / "crate"
+    copy_crate(changes, source)
+    command = ["cargo", "build", "-q", "--profile", profile, "--example", "phases"]
+    # No RUSTFLAGS: other flags would compile all dependencies again.
+    env = os.environ | {"CARGO_TARGET_DIR": str(BUILT)}
     subprocess.run(command, cwd=source, env=env, check=True)
-    return folder / "target" / "release" / "examples" / "phases"
+    place = "debug" if profile == "dev" else profile
+    return BUILT / place / "examples" / "phases"
 
 
-def main(repeats: int, record: str) -> None:
+def measure(
+    variants: list[str],
+    repeats: int,
+    docs: list[str],
+    profile: str = "release",  # cargo's
+) -> dict[str, list]:  # variant -> what each run says
+    "Compile the variants and run their programs in turns."
+    results = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        docs = [text for text, _ in iter_documents("train", data="embedded")]
         text = folder / "text"
         text.write_text("\0".join(docs), "utf-8")
         programs = {}
-        for i, (variant, changes) in enumerate(VARIANTS.items()):
-            programs[variant] = shutil.copy(build(changes, folder), folder / str(i))
-        env, results = (
-            os.environ | {"RAYON_NUM_THREADS": "1"},
-            {v: [] for v in VARIANTS},
-        )
+        for i, variant in enumerate(variants):
+            built = build(VARIANTS[variant], folder, profile)
+            programs[variant] = shutil.copy(built, folder / str(i))
+
+        # Taking turns, so that a noisy minute hits all of them.
+        env = os.environ | {"RAYON_NUM_THREADS": "1"}
         for _ in range(repeats):
             for variant, program in programs.items():
                 done = subprocess.run(
                     [program, text], env=env, capture_output=True, text=True, check=True
                 )
                 results[variant].append(json.loads(done.stdout))
-        size = text.stat().st_size / 1e6
     hashes = {run["hash"] for runs in results.values() for run in runs}
     if len(hashes) > 1:
         raise SystemExit(f"the variants give different ids: {hashes}")
-    middle = lambda runs, phase: statistics.median(run[phase] for run in runs)
+    return results
+
+
+def middle(runs: list[dict], phase: str) -> float:
+    "Return the median of the seconds that a phase took."
+    return statistics.median(run[phase] for run in runs)
+
+
+def table(results: dict[str, list], size: float) -> list[str]:
+    "Lay out the medians; a factor marks what became slower by more than 8 %."
+    plain = results["as committed"]
     lines = [
-        "# The crate without each of its optimisations\n",
+        "# The crate without each of its optimizations\n",
         f"`python dev/ablate_crate.py`, {time.strftime('%d %B %Y')}: {size:.1f} MB of text, "
         f"32,768 tokens, one thread, {cpu_name()}. Milliseconds, medians of "
-        f"{repeats} processes that took turns; all variants give the same ids.\n",
+        f"{len(plain)} processes that took turns; all variants give the same ids.\n",
         f"| | {' | '.join(PHASES)} |",
         "|---" * (len(PHASES) + 1) + "|",
     ]
     for variant, runs in results.items():
         cells = []
         for phase in PHASES:
-            base, now = middle(results["as committed"], phase), middle(runs, phase)
+            base = middle(plain, phase)
+            now = middle(runs, phase)
             times = f" ({now / base:.1f}×)" if now > 1.08 * base else ""
             cells.append(f"{1000 * now:.0f}{times}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    print("\n".join(lines))
-    if record:
-        Path(record).write_text("\n".join(lines) + "\n", "utf-8")
+    return lines
 
 
-if __name__ == "__main__":
+def main() -> None:
+    "Measure, print the table, keep it."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--repeats", type=int, default=9, help="processes of each variant"
     )
     parser.add_argument("--record", default="", help="file for the table")
+    parser.add_argument("--tiny", action="store_true", help="two variants, little text")
     options = parser.parse_args()
-    main(options.repeats, options.record)
+    docs = [text for text, _ in iter_documents("train", data="embedded")]
+    if options.tiny:
+        docs = docs[:30]
+        results = measure(list(TINY), 1, docs, "dev")
+    else:
+        results = measure(list(VARIANTS), options.repeats, docs)
+    size = len("\0".join(docs).encode()) / 1e6
+    lines = table(results, size)
+    print("\n".join(lines))
+    if options.record:
+        Path(options.record).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

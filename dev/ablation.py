@@ -44,7 +44,7 @@ SEEDS = (1, 2, 3)
 FACTORS = (0.5, 1.0, 2.0)
 
 
-# ---- Choices exchanged. Each function changes a model before it is initialised.
+# ---- Choices exchanged. Each function changes a model before it is initialized.
 
 
 class Positioned(nn.Embedding):
@@ -182,7 +182,13 @@ def fresh_model(name: str, seed: int) -> GPT:
 def optimizer_of(model: GPT, name: str, factor: float):
     "Set the optimizer up with all rates times a factor."
     known = optim.roles
-    optim.roles = lambda n, p: ["embedding"] if n.endswith("places") else known(n, p)
+
+    def roles(name, parameter):
+        if name.endswith("places"):  # learned positions train as the embedding does
+            return ["embedding"]
+        return known(name, parameter)
+
+    optim.roles = roles
     rates = optim.OptimConfig()
     embedding = 0.01 if name == "tied head" else rates.embedding_lr
     scaled = {k: v * factor for k, v in asdict(rates).items() if k.endswith("_lr")}
@@ -195,7 +201,8 @@ def train_one(name: str, seed: int, factor: float, folder: str, steps: int) -> d
     tokenizer = RustBPETokenizer.from_directory(folder)
     model = fresh_model(name, seed)
     optimizer = optimizer_of(model, name, factor)
-    T, cpu = BASE["sequence_len"], torch.device("cpu")
+    T = BASE["sequence_len"]
+    cpu = torch.device("cpu")
     stream = batches(tokenizer, "train", ROWS, T, cpu, data="embedded")
     for step in range(steps):
         accumulate(model, [next(stream)])

@@ -1,15 +1,16 @@
 """What do the heads of a trained model look at? Weights, habits and worth of every head.
 
 python dev/attention_maps.py dev/records/attention_maps.json     half a minute on one core
+python dev/attention_maps.py FILE --tiny                         three texts, three sums
 
 Reads the base model and the last chat model of a speedrun from NANOCHAT_BASE_DIR. The
 weights are computed again from each layer's own input and matrices, and the script stops
 if weights times values are not what the layer really gave.
 """
 
+import argparse
 import json
 import random
-import sys
 from contextlib import contextmanager
 from datetime import date
 
@@ -29,8 +30,10 @@ SENTENCE = (
 )
 QUESTION = "Anna has 37 books and buys 48 more. How many books does Anna have?"
 VARIANT = "Anna has 37 books. She buys 48 more. How many books does Anna have now?"
-LENGTH, SKIP = 64, 8  # tokens of each held-out text; its first rows, left out of means
+LENGTH = 64  # tokens of each held-out text
+SKIP = 8  # its first rows, left out of means
 HALF = 24  # random tokens that are read twice
+SUMS = 50  # calculator calls that are counted
 
 
 def head_weights(
@@ -41,10 +44,15 @@ def head_weights(
     out: Tensor,  # (B, T, C) what it gave
 ) -> Tensor:  # (B, H, T, T)
     "Compute the weights that a layer used, and prove it by its output."
-    split = lambda linear: linear(x).unflatten(-1, (-1, attn.head_dim))
-    q, k = (rms_norm(apply_rotary(split(c), cos, sin)) for c in (attn.c_q, attn.c_k))
-    each = q.size(2) // k.size(2)
-    k, v = (t.repeat_interleave(each, 2) for t in (k, split(attn.c_v)))
+
+    def split(linear) -> Tensor:
+        return linear(x).unflatten(-1, (-1, attn.head_dim))
+
+    q = rms_norm(apply_rotary(split(attn.c_q), cos, sin))
+    k = rms_norm(apply_rotary(split(attn.c_k), cos, sin))
+    each = q.size(2) // k.size(2)  # query heads that share a key-value head
+    k = k.repeat_interleave(each, 2)
+    v = split(attn.c_v).repeat_interleave(each, 2)
     seen = visible(torch.arange(x.size(1))[None], x.size(1), attn.window)
     score = torch.einsum("bthd,bshd->bhts", q, k) * attn.scale
     weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -96,41 +104,69 @@ def mean_by_head(x: Tensor) -> list[float]:
     return [round(m, 4) for m in mean.tolist()]
 
 
-def habits(model, tokenizer) -> dict:
-    "Average over held-out texts, and over random tokens that are read twice."
+def held_out_texts(tokenizer, tiny: bool) -> Tensor:  # (N, LENGTH)
+    "Encode the beginnings of the held-out texts that are long enough."
     texts = [text for text, _ in iter_documents("val", data="embedded")]
     assert any(SENTENCE in text for text in texts)
     texts = [tokenizer.encode(t, prepend="<|bos|>")[:LENGTH] for t in texts]
     ids = torch.tensor([t for t in texts if len(t) == LENGTH])
-    bos, dice = tokenizer.get_bos_token_id(), torch.Generator().manual_seed(0)
-    drawn = torch.randint(256, bos, (64, HALF), generator=dice)
-    twice = torch.cat((torch.full((64, 1), bos), drawn, drawn), 1)
-    w, r = look(model, ids)[..., SKIP:, :], look(model, twice)
-    second = torch.arange(HALF + 1, 2 * HALF)  # reads a token that it has read before
-    quote = torch.tensor(['"' in tokenizer.id_to_token(i) for i in range(bos)])
-    is_quote = quote[ids.clamp(max=bos - 1)] & (ids < bos)  # special tokens come last
-    share = is_quote.cumsum(1)[:, SKIP:] / torch.arange(SKIP + 1, LENGTH + 1)
-    relative = entropy(w) / torch.arange(SKIP + 1, LENGTH + 1).log()
-    loss = lambda: model(ids[:, :-1], ids[:, 1:]).item()
-    whole, worth = loss(), []
+    return ids[:3] if tiny else ids
+
+
+def worth_of_heads(model, ids: Tensor) -> tuple[float, list[float]]:
+    "Return the loss, and by how much it rises without each head."
+
+    def loss() -> float:
+        return model(ids[:, :-1], ids[:, 1:]).item()
+
+    whole = loss()
+    worth = []
     for layer, head in heads_of(model):
         with without(model, layer, head):
             worth.append(round(loss() - whole, 4))
+    return whole, worth
+
+
+def repetition(model, bos: int) -> dict:
+    "Let the model read random tokens twice: loss of both halves, weight on what followed."
+    dice = torch.Generator().manual_seed(0)
+    drawn = torch.randint(256, bos, (64, HALF), generator=dice)
+    twice = torch.cat((torch.full((64, 1), bos), drawn, drawn), 1)
+    second = torch.arange(HALF + 1, 2 * HALF)  # reads a token that it has read before
+    weights = look(model, twice)[..., second, second - HALF + 1]
     losses = model(twice[:, :-1], twice[:, 1:], loss_reduction="none").view(64, -1)
+    halves = [round(x.mean().item(), 4) for x in losses.split(HALF, 1)]
+    return {"loss_repeated": halves, "follower": mean_by_head(weights)}
+
+
+def habits(model, tokenizer, tiny: bool = False) -> dict:
+    "Average over held-out texts, and over random tokens that are read twice."
+    bos = tokenizer.get_bos_token_id()
+    ids = held_out_texts(tokenizer, tiny)
+    w = look(model, ids)[..., SKIP:, :]
+
+    # Where the quotation marks are, and how much of the text is they.
+    quote = torch.tensor(['"' in tokenizer.id_to_token(i) for i in range(bos)])
+    is_quote = quote[ids.clamp(max=bos - 1)] & (ids < bos)  # special tokens come last
+    visible_tokens = torch.arange(SKIP + 1, LENGTH + 1)
+    share = is_quote.cumsum(1)[:, SKIP:] / visible_tokens
+
+    whole, worth = worth_of_heads(model, ids)
+    repeated = repetition(model, bos)
     return {
         "texts": len(ids),
         "tokens": LENGTH,
         "skipped": SKIP,
         "loss": round(whole, 4),
-        "loss_repeated": [round(x.mean().item(), 4) for x in losses.split(HALF, 1)],
+        "loss_repeated": repeated["loss_repeated"],
         "heads": [f"{layer}.{head}" for layer, head in heads_of(model)],
         "first": mean_by_head(w[..., 0]),
         "self": mean_by_head(w.diagonal(SKIP, -2, -1)),
         "previous": mean_by_head(w.diagonal(SKIP - 1, -2, -1)),
-        "follower": mean_by_head(r[..., second, second - HALF + 1]),
+        "follower": repeated["follower"],
         "quotes": mean_by_head((w * is_quote[:, None, None]).sum(-1)),
         "quotes_even": round(share.mean().item(), 4),
-        "entropy": mean_by_head(relative),
+        "entropy": mean_by_head(entropy(w) / visible_tokens.log()),
         "worth": worth,
     }
 
@@ -148,6 +184,7 @@ def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
 
 
 def prompt_of(tokenizer, question: str) -> list[int]:
+    "Render a question up to where the reply begins."
     messages = [{"role": "user", "content": question}]
     messages += [{"role": "assistant", "content": ""}]
     return tokenizer.render_for_completion({"messages": messages})
@@ -158,17 +195,19 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
     prompt = prompt_of(tokenizer, question)
     (ids, *_), _ = Engine(model, tokenizer).generate_batch(prompt, 1, 40, 0.0)
     found = picture(model, tokenizer, name, ids)
+
+    # Numbers that the model chose: the tool's output, which is forced, is none of them.
     forced = tokenizer.encode_special("<|output_start|>")
     spots = [
         t
         for t in range(len(prompt), len(ids) - 1)
         if tokenizer.decode([ids[t + 1]]).isdigit() and ids[t] != forced
     ]
-    chance = lambda: [
-        round(p[t, ids[t + 1]].item(), 4)
-        for p in [model(torch.tensor([ids])).softmax(-1)[0]]
-        for t in spots
-    ]
+
+    def chance() -> list[float]:
+        p = model(torch.tensor([ids])).softmax(-1)[0]
+        return [round(p[t, ids[t + 1]].item(), 4) for t in spots]
+
     found |= {"numbers": spots, "chance": chance(), "without": []}
     for layer, head in heads_of(model):
         with without(model, layer, head):
@@ -176,17 +215,22 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
     return found
 
 
-def calls(model, tokenizer, count: int = 50) -> dict:
+def calls(model, tokenizer, count: int) -> dict:
     "Count right calculator calls for held-out sums in the wording of training."
-    draw, prompts, right = random.Random(0), [], []
+    draw = random.Random(0)
+    prompts = []
+    right = []
     while len(prompts) < count:
-        a, b = draw.randint(11, 99), draw.randint(11, 99)
+        a = draw.randint(11, 99)
+        b = draw.randint(11, 99)
         if a == b or not in_test_split(a, b, "+"):
             continue
-        who, what = draw.choice(NAMES), draw.choice(THINGS)
+        who = draw.choice(NAMES)
+        what = draw.choice(THINGS)
         text = PHRASINGS["+"][5].format(name=who, thing=what, a=a, b=b)
         prompts.append(prompt_of(tokenizer, text))
         right.append(f"<|python_start|>{a}+{b}<|python_end|>")
+    # All heads, then all but one: whose absence costs right calls?
     engine = Engine(model, tokenizer)
 
     def score() -> int:
@@ -201,7 +245,13 @@ def calls(model, tokenizer, count: int = 50) -> dict:
 
 
 @torch.no_grad()
-def main(target: str) -> None:
+def main() -> None:
+    "Look at the base model and at the last chat model; write the record."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record", help="JSON file for the results")
+    parser.add_argument("--tiny", action="store_true", help="three texts, three sums")
+    options = parser.parse_args()
+    target = options.record
     cpu = torch.device("cpu")
     base, tokenizer, base_meta = load_model("base", cpu)
     chat, _, chat_meta = load_model("rl", cpu)
@@ -212,11 +262,11 @@ def main(target: str) -> None:
         "environment": environment(),
         "config": base_meta["model_config"],
         "steps": {"base": base_meta["step"], "rl": chat_meta["step"]},
-        "habits": habits(base, tokenizer),
+        "habits": habits(base, tokenizer, options.tiny),
         "sentence": picture(base, tokenizer, "a sentence (base model)", sentence),
         "sum": sum_of(chat, tokenizer, "a sum (chat model)", QUESTION),
         "variant": sum_of(chat, tokenizer, "another wording (chat model)", VARIANT),
-        "calls": calls(chat, tokenizer),
+        "calls": calls(chat, tokenizer, 3 if options.tiny else SUMS),
     }
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
@@ -226,4 +276,4 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -6,6 +6,7 @@ Forward and backward of a model of depth 4 (width 256, 512 positions, 4,096 toke
 float32, ours and transformers' `NanoChatForCausalLM` with the same weights, taking turns in one
 process, five processes, without and with torch.compile; where the time goes; and the chunked loss beside the
 plain one at 8,192 positions and 65,536 tokens. BENCH_THREADS=1 takes one thread instead of two.
+With --tiny everything is so small that it takes seconds, and its figures say nothing.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ.get("BENCH_THREADS", "2")
@@ -33,8 +34,38 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.head import linear_cross_entropy
 from nanochat.hf import hf_config, hf_weights
 
-CONFIG = GPTConfig(512, 4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
-ROWS, REPEAT = 4, 9
+
+@dataclass(frozen=True)
+class Case:
+    "How large everything is, and how often it is measured."
+
+    config: GPTConfig
+    rows: int  # of a batch
+    repeat: int  # measurements in a process
+    processes: int
+    hows: tuple[str, ...]  # eager, compiled
+    losses: tuple[tuple[int, int], ...]  # positions and vocabulary of each comparison
+    gemm: int  # side of the matrices whose product is the yardstick
+
+
+FULL = Case(
+    GPTConfig(512, 4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256),
+    rows=4,
+    repeat=9,
+    processes=5,
+    hows=("eager", "compiled"),
+    losses=((2048, 4096), (8192, 65_536)),
+    gemm=1024,
+)
+TINY = Case(
+    GPTConfig(32, 256, n_layer=1, n_head=2, n_kv_head=2, n_embd=32),
+    rows=1,
+    repeat=1,
+    processes=1,
+    hows=("eager",),
+    losses=((64, 512),),
+    gemm=64,
+)
 PARTS = {  # of a profile: name -> beginnings of operator names
     "matrix products": ("aten::mm", "aten::addmm"),
     "matrix products of attention": ("aten::bmm",),
@@ -42,9 +73,10 @@ PARTS = {  # of a profile: name -> beginnings of operator names
 }
 
 
-def our_model() -> GPT:
-    "A model in which no weight is zero."
-    model, g = GPT(CONFIG), torch.Generator().manual_seed(0)
+def our_model(case: Case) -> GPT:
+    "Make a model in which no weight is zero."
+    model = GPT(case.config)
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=1.0 if "wte" in name else p.size(1) ** -0.5, generator=g)
@@ -52,18 +84,19 @@ def our_model() -> GPT:
 
 
 def their_model(model: GPT):
-    "transformers' class with the same weights."
+    "Make a model of transformers' class with the same weights."
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     apart = ("architectures", "model_type", "pad_token_id", "dtype")
-    facts = {k: v for k, v in hf_config(CONFIG, 0, 1).items() if k not in apart}
+    facts = hf_config(model.config, 0, 1)
+    facts = {k: v for k, v in facts.items() if k not in apart}
     theirs = NanoChatForCausalLM(NanoChatConfig(**facts)).train()
     theirs.load_state_dict(hf_weights(model))
     return theirs
 
 
-def take_turns(steps: dict, repeat: int = REPEAT) -> dict[str, list[float]]:
-    "Seconds of each step, alternating; the first round is thrown away."
+def take_turns(steps: dict, repeat: int) -> dict[str, list[float]]:
+    "Measure the seconds of each step, alternating; the first round is thrown away."
     seconds = {name: [] for name in steps}
     for _ in range(repeat + 1):
         for name, step in steps.items():
@@ -74,24 +107,31 @@ def take_turns(steps: dict, repeat: int = REPEAT) -> dict[str, list[float]]:
 
 
 def compare(slow: list[float], fast: list[float]) -> float:
-    "Median of the ratios of neighbours in time."
+    "Return the median of the ratios of neighbors in time."
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
-def gemm_rate(size: int = 1024) -> float:
-    "Operations per second of a square product in float32: the best of many."
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def gemm_rate(size: int) -> float:
+    "Measure operations per second of a square product in float32: the best of many."
+    a = torch.randn(size, size)
+    b = torch.randn(size, size)
     return 2 * size**3 / min(take_turns({"": lambda: a @ b}, 40)[""])
 
 
-def training_speed(compiled: bool) -> dict:
-    "Tokens per second of forward and backward, ours and theirs."
-    model, g = our_model(), torch.Generator().manual_seed(1)
-    theirs, T = their_model(model), CONFIG.sequence_len
-    ids = torch.randint(CONFIG.vocab_size, (ROWS, T + 1), generator=g)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    wrap = partial(torch.compile, dynamic=False) if compiled else lambda f: f
-    our_call, their_call = wrap(model), wrap(theirs)
+def training_speed(case: Case, compiled: bool) -> dict:
+    "Measure tokens per second of forward and backward, ours and theirs."
+    model = our_model(case)
+    theirs = their_model(model)
+    g = torch.Generator().manual_seed(1)
+    shape = (case.rows, case.config.sequence_len + 1)
+    ids = torch.randint(case.config.vocab_size, shape, generator=g)
+    x = ids[:, :-1].contiguous()
+    y = ids[:, 1:].contiguous()
+    our_call = model
+    their_call = theirs
+    if compiled:
+        our_call = torch.compile(model, dynamic=False)
+        their_call = torch.compile(theirs, dynamic=False)
     labels = {"input_ids": x, "shift_labels": y, "labels": y, "use_cache": False}
 
     def ours():
@@ -106,43 +146,47 @@ def training_speed(compiled: bool) -> dict:
         theirs.zero_grad()
         return loss.detach()
 
+    # The same loss, or the comparison would mean nothing.
     torch.testing.assert_close(ours(), transformers())
-    seconds = take_turns({"ours": ours, "transformers": transformers})
+    seconds = take_turns({"ours": ours, "transformers": transformers}, case.repeat)
     rates = {k: x.numel() / statistics.median(v) for k, v in seconds.items()}
     ratio = compare(seconds["transformers"], seconds["ours"])
-    return rates | {"ratio": ratio, "gemm_flops": gemm_rate()}
+    return rates | {"ratio": ratio, "gemm_flops": gemm_rate(case.gemm)}
 
 
-def in_processes(how: str, times: int = 5) -> dict:
+def in_processes(case: Case, how: str) -> dict:
     "Repeat in fresh processes, since one may be lucky with its memory; take medians."
     runs = []
-    for _ in range(times):
+    for _ in range(case.processes):
         command = [sys.executable, __file__, "--one", how]
+        command += ["--tiny"] if case is TINY else []
         told = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(told.stdout.splitlines()[-1]))
         print(how, runs[-1], flush=True)
     row = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-    share = row["ours"] * flops_per_token(CONFIG) / row["gemm_flops"]
+    share = row["ours"] * flops_per_token(case.config) / row["gemm_flops"]
     ratios = sorted(r["ratio"] for r in runs)
     return {"how": how, **row, "share_of_gemm": share, "ratios": ratios}
 
 
-def shares() -> dict[str, float]:
-    "Where the time of a forward and backward pass goes, by the profiler."
-    model = our_model()
-    ids = torch.randint(CONFIG.vocab_size, (ROWS, CONFIG.sequence_len + 1))
+def shares(case: Case) -> dict[str, float]:
+    "Ask the profiler where the time of a forward and backward pass goes."
+    model = our_model(case)
+    shape = (case.rows, case.config.sequence_len + 1)
+    ids = torch.randint(case.config.vocab_size, shape)
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CPU]) as watch:
             model(ids[:, :-1], ids[:, 1:]).backward()
     spent = {e.key: e.self_cpu_time_total for e in watch.key_averages()}
-    total, found = sum(spent.values()), {}
+    total = sum(spent.values())
+    found = {}
     for part, names in PARTS.items():
         found[part] = sum(t for k, t in spent.items() if k.startswith(names)) / total
     return found | {"everything else": 1 - sum(found.values())}
 
 
-def loss_cost(positions: int = 8192, vocab: int = 65_536, width: int = 256) -> dict:
-    "Time and peak memory of the chunked loss and the plain one."
+def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
+    "Measure time and peak memory of the chunked loss and the plain one."
     g = torch.Generator().manual_seed(0)
     x = torch.randn(positions, width, generator=g, requires_grad=True)
     w = (torch.randn(vocab, width, generator=g) / 16).requires_grad_()
@@ -167,12 +211,18 @@ def loss_cost(positions: int = 8192, vocab: int = 65_536, width: int = 256) -> d
     return row
 
 
-def main(record: str) -> None:
+def measure(case: Case) -> dict:
+    "Measure everything."
     facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
-    facts |= {"threads": torch.get_num_threads(), "rows": ROWS, "config": vars(CONFIG)}
-    training = [in_processes(how) for how in ("eager", "compiled")]
-    facts |= {"training": training, "shares": shares()}
-    facts |= {"loss": [loss_cost(2048, 4096), loss_cost()]}
+    facts |= {"threads": torch.get_num_threads(), "rows": case.rows}
+    facts |= {"config": vars(case.config)}
+    training = [in_processes(case, how) for how in case.hows]
+    facts |= {"training": training, "shares": shares(case)}
+    return facts | {"loss": [loss_cost(*sizes) for sizes in case.losses]}
+
+
+def show(facts: dict) -> None:
+    "Print two tables: speed of training, cost of the loss."
     print("\n|  | ours, tokens/s | transformers | ratio (of 5) | share of GEMM peak |")
     print("|---|---|---|---|---|")
     for r in facts["training"]:
@@ -188,16 +238,25 @@ def main(record: str) -> None:
             f"| {r['plain_peak_bytes'] / 2**20:,.0f} MiB "
             f"| {r['chunked_peak_bytes'] / 2**20:,.0f} MiB | {r['speed']:.2f} |"
         )
-    if record:
-        Path(record).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def main() -> None:
+    "Measure, print, record."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", default="", help="JSON file for the results")
+    parser.add_argument("--tiny", action="store_true", help="the smallest case")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    case = TINY if options.tiny else FULL
+    if options.one:
+        print(json.dumps(training_speed(case, options.one == "compiled")))
+        return
+    facts = measure(case)
+    show(facts)
+    if options.record:
+        text = json.dumps(facts, indent=1) + "\n"
+        Path(options.record).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", default="", help="JSON file for the results")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(training_speed(args.one == "compiled")))
-    else:
-        main(args.record)
+    main()

@@ -4,7 +4,8 @@ python dev/bench_optim.py --record dev/records/optim_bench.json      about five 
 
 A model of depth 4 (width 256, 4,096 tokens) takes steps of 4 x 256 tokens in float32: on one thread
 in seconds of the processor, which a busy machine hardly changes, and on two in seconds of the clock.
-Everything takes turns in one process; a ratio is the median of the ratios of neighbours in time.
+Everything takes turns in one process; a ratio is the median of the ratios of neighbors in time.
+With --tiny the model is so small that it takes seconds, and its figures say nothing.
 """
 
 import argparse
@@ -28,11 +29,13 @@ from nanochat.muon import METHODS, by_shape, orthogonalize
 from nanochat.optim import setup_optimizer
 
 CONFIG = GPTConfig(256, 4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
-ROWS, REPEAT = 4, 7
+TINY = GPTConfig(32, 256, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+ROWS = 4
+REPEAT = 7
 
 
 def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
-    "The steps on the full matrices, in nanochat's words: one matrix or a stack."
+    "Do the steps on the full matrices, in nanochat's words: one matrix or a stack."
     schatten, margin, steps = METHODS[method]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -47,7 +50,7 @@ def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
 
 
 def take_turns(steps: dict) -> dict[str, list[float]]:
-    "Seconds of each step, alternating; the first round is thrown away."
+    "Measure the seconds of each step, alternating; the first round is thrown away."
     one = torch.get_num_threads() == 1
     clock = time.process_time if one else time.perf_counter
     seconds = {name: [] for name in steps}
@@ -60,14 +63,15 @@ def take_turns(steps: dict) -> dict[str, list[float]]:
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    "Median and quartiles of the ratios of neighbours in time."
+    "Return median and quartiles of the ratios of neighbors in time."
     low, middle, high = statistics.quantiles((a / b for a, b in zip(slow, fast)), n=4)
     return {"median": middle, "low": low, "high": high}
 
 
 def share(model: GPT, optimizers) -> dict:
     "Let training steps run; how much of each is the optimizer's?"
-    ids = torch.randint(CONFIG.vocab_size, (ROWS, CONFIG.sequence_len + 1))
+    shape = (ROWS, model.config.sequence_len + 1)
+    ids = torch.randint(model.config.vocab_size, shape)
 
     def passes() -> None:
         optimizers.zero_grad()
@@ -77,7 +81,9 @@ def share(model: GPT, optimizers) -> dict:
         with patch("nanochat.muon.orthogonalize", iterate):
             run_jobs(optimizers.parts["muon"].jobs())
 
-    adamw = lambda: run_jobs(optimizers.parts["adamw"].jobs())
+    def adamw() -> None:
+        run_jobs(optimizers.parts["adamw"].jobs())
+
     steps = {"passes": passes, "adamw": adamw}
     ways = {
         "two steps, cans": lambda x, *_: orthogonalize(x, "cans"),
@@ -98,7 +104,7 @@ def share(model: GPT, optimizers) -> dict:
 
 
 def iterations(model: GPT, method: str) -> dict:
-    "Orthogonalise what a step orthogonalises, in three ways, and compare the results."
+    "Orthogonalize what a step does, in three ways, and compare the results."
     g = torch.Generator().manual_seed(1)
     grads = [
         torch.randn(p.shape, generator=g) for p in model.transformer.h.parameters()
@@ -118,17 +124,15 @@ def iterations(model: GPT, method: str) -> dict:
 
 
 def adamw(model: GPT) -> dict:
-    "Our AdamW on the two tables beside torch's three."
-    grads = [
-        torch.randn_like(p)
-        for p in (model.transformer.wte.weight, model.lm_head.weight)
-    ]
-    makers = {"ours": (AdamW, {})} | {
-        name: (
-            torch.optim.AdamW,
-            {"foreach": name == "foreach", "fused": name == "fused"},
-        )
-        for name in ("loop", "foreach", "fused")
+    "Measure our AdamW on the embedding and the head beside torch's three."
+    tables = (model.transformer.wte.weight, model.lm_head.weight)
+    grads = [torch.randn_like(p) for p in tables]
+    theirs = torch.optim.AdamW
+    makers = {
+        "ours": (AdamW, {}),
+        "loop": (theirs, {"foreach": False, "fused": False}),
+        "foreach": (theirs, {"foreach": True, "fused": False}),
+        "fused": (theirs, {"foreach": False, "fused": True}),
     }
     steps = {}
     for name, (kind, options) in makers.items():
@@ -146,12 +150,13 @@ def main() -> None:
     "Measure, print, record."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="the smallest case")
     args = parser.parse_args()
     record = {"environment": environment(), "load": os.getloadavg()}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        model = GPT(CONFIG)
+        model = GPT(TINY if args.tiny else CONFIG)
         model.init_weights(0)
         facts = {"step": share(model, setup_optimizer(model)), "adamw": adamw(model)}
         facts["iteration"] = {method: iterations(model, method) for method in METHODS}

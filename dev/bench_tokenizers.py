@@ -3,6 +3,7 @@
 python dev/bench_tokenizers.py                    the embedded training text
 python dev/bench_tokenizers.py --data FOLDER      parquet or text files of yours
 python dev/bench_tokenizers.py --record FILE      keep the table as Markdown
+python dev/bench_tokenizers.py --tiny             our crate alone, once, on a few documents
 
 Every measurement is a process of its own, and the rivals take turns, so that a noisy
 minute hits all of them. One of the peers has the same module name as our crate, so they
@@ -106,8 +107,12 @@ def load(rival: str, docs: list[str], folder: Path):
 
 def encoder(rival: str, task: str, tokenizer, docs: list[str]):
     "Return the call to time, and a function from its result to lists of ids."
-    one, arrays = "1 thread" in task, "arrays" in task
-    same = lambda rows: rows
+    one = "1 thread" in task
+    arrays = "arrays" in task
+
+    def same(rows):
+        return rows
+
     if rival == "gigatoken":
         if one:
             return lambda: [tokenizer.encode(d) for d in docs], same
@@ -115,7 +120,10 @@ def encoder(rival: str, task: str, tokenizer, docs: list[str]):
     if rival == "crate" and arrays:
         return lambda: tokenizer.encode_to_numpy(docs), lambda r: [r[0]]
     if rival == "tokenizers":
-        ids = lambda rows: [row.ids for row in rows]
+
+        def ids(rows):
+            return [row.ids for row in rows]
+
         if one:
             return lambda: [tokenizer.encode(d) for d in docs], ids
         return lambda: tokenizer.encode_batch_fast(docs), ids
@@ -146,7 +154,8 @@ def measure(rival: str, task: str, folder: Path) -> dict:
     docs = json.loads((folder / "docs.json").read_text("utf-8"))
     if task.startswith("train"):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before, start = status("VmRSS"), time.perf_counter()
+        before = status("VmRSS")
+        start = time.perf_counter()
         tokenizer = train(rival, docs)
         seconds = time.perf_counter() - start
         peak = status("VmHWM") - before
@@ -181,7 +190,7 @@ def worst(rival: str, name: str, folder: Path) -> dict:
 # ---- what the conducting process does
 
 
-def prepare(folder: Path, data: str) -> int:
+def prepare(folder: Path, data: str, tiny: bool) -> int:
     "Write documents, ranks and tokenizer.json for the rivals; return the bytes of text."
     from nanochat.dataset import iter_documents
     from nanochat.hf import hf_tokenizer
@@ -189,6 +198,7 @@ def prepare(folder: Path, data: str) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     docs = [text for text, _ in iter_documents("train", data=data)]
+    docs = docs[:30] if tiny else docs
     (folder / "docs.json").write_text(json.dumps(docs), "utf-8")
     ranks = train("crate", docs).get_mergeable_ranks()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
@@ -234,7 +244,10 @@ def run(rival: str, task: str, folder: Path, limit: int = 600) -> dict:
 
 def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
     "Lay out the medians of one task, with the ratio of our crate to each rival."
-    middle = lambda key, runs: statistics.median(r[key] for r in runs)
+
+    def middle(key: str, runs: list[dict]) -> float:
+        return statistics.median(run[key] for run in runs)
+
     lines = [f"\n**{task}**\n"]
     lines += [
         "| | MB/s warm | MB/s first call | ours is | result |",
@@ -245,7 +258,8 @@ def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
         if bad := [r["failed"] for r in runs if "failed" in r]:
             lines.append(f"| {rival} | – | – | – | {bad[0]} |")
             continue
-        warm, cold = middle("warm", runs), middle("cold", runs)
+        warm = middle("warm", runs)
+        cold = middle("cold", runs)
         note = runs[0]["digest"]
         if "peak_mb" in runs[0]:
             note += f", peak +{middle('peak_mb', runs):.0f} MB"
@@ -261,9 +275,33 @@ def cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
-def main(data: str, repeats: int, record: str) -> None:
-    folder = ROOT / "rustbpe" / "target" / "bench"
-    size = prepare(folder, data)
+def take_turns(task: str, rivals: list[str], repeats: int, folder: Path) -> dict:
+    "Let the rivals of a task run, one process after the other."
+    results = {rival: [] for rival in rivals}
+    for _ in range(repeats):
+        for rival in rivals:
+            results[rival].append(run(rival, task, folder))
+    return results
+
+
+def worst_cases(rivals: list[str], folder: Path) -> list[str]:
+    "Lay out how long a million equal characters take."
+    rows = ["\n**a million characters of one kind, seconds**\n"]
+    rows += [f"| | {' | '.join(WORST)} |", "|---" * (len(WORST) + 1) + "|"]
+    for rival in rivals:
+        cells = []
+        for name in WORST:
+            result = run(rival, f"worst {name}", folder, limit=20)
+            cells.append(result.get("failed") or f"{result['cold']:.3f}")
+        rows.append(f"| {rival} | {' | '.join(cells)} |")
+    return rows
+
+
+def main(data: str, repeats: int, record: str, tiny: bool = False) -> None:
+    "Measure task by task, print the tables, keep them."
+    folder = ROOT / "rustbpe" / "target" / ("bench_tiny" if tiny else "bench")
+    size = prepare(folder, data, tiny)
+    repeats = 1 if tiny else repeats
     lines = [
         "# The tokenizer crate and its peers",
         "",
@@ -273,20 +311,11 @@ def main(data: str, repeats: int, record: str) -> None:
         "each, taking turns. Equal hashes mean equal tokens.",
     ]
     for task, rivals in RUNS.items():
-        results = {rival: [] for rival in rivals}
-        for _ in range(repeats):
-            for rival in rivals:
-                results[rival].append(run(rival, task, folder))
+        results = take_turns(task, rivals[:1] if tiny else rivals, repeats, folder)
         lines += table(task, results, size)
         print("\n".join(table(task, results, size)), flush=True)
-    rows = ["\n**a million characters of one kind, seconds**\n"]
-    rows += [f"| | {' | '.join(WORST)} |", "|---" * (len(WORST) + 1) + "|"]
-    for rival in ("crate", "tiktoken", "tokenizers"):
-        cells = []
-        for name in WORST:
-            result = run(rival, f"worst {name}", folder, limit=20)
-            cells.append(result.get("failed") or f"{result['cold']:.3f}")
-        rows.append(f"| {rival} | {' | '.join(cells)} |")
+    rivals = ["crate", "tiktoken", "tokenizers"]
+    rows = worst_cases(rivals[:1] if tiny else rivals, folder)
     print("\n".join(rows))
     if record:
         Path(record).write_text("\n".join(lines + rows) + "\n", "utf-8")
@@ -299,6 +328,7 @@ if __name__ == "__main__":
         "--repeats", type=int, default=5, help="processes of each rival"
     )
     parser.add_argument("--record", default="", help="file for the table")
+    parser.add_argument("--tiny", action="store_true", help="our crate, little text")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -309,6 +339,6 @@ if __name__ == "__main__":
             print(json.dumps(measure(rival, task, Path(folder))))
     else:
         try:
-            main(options.data, options.repeats, options.record)
+            main(options.data, options.repeats, options.record, options.tiny)
         except ValueError as error:  # no text there
             parser.error(str(error))

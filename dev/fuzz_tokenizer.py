@@ -71,7 +71,8 @@ def disputed() -> set[str]:
 
 def strings(count: int, seed: int):
     "Make the same strings for the same seed."
-    rng, letters = random.Random(seed), alphabets()
+    rng = random.Random(seed)
+    letters = alphabets()
     for _ in range(count):
         few = rng.choices(letters, k=3)
         pieces = (rng.choice(rng.choice(few)) for _ in range(rng.randrange(1, 24)))
@@ -95,7 +96,8 @@ def vocabularies(folder: str) -> dict[str, tuple[list[bytes], str]]:
 
 def fuzz(count: int, seed: int, folder: str = "") -> dict[str, int]:
     "Compare; return how many comparisons there were, or raise at the first difference."
-    doubtful, done = disputed(), {"strings": 0, "ids": 0, "splits": 0}
+    doubtful = disputed()
+    done = {"strings": 0, "ids": 0, "splits": 0}
     pairs = []
     for name, (tokens, pattern) in vocabularies(folder).items():
         ranks = {token: rank for rank, token in enumerate(tokens)}

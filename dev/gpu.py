@@ -53,9 +53,11 @@ def work(name: str, tiny: bool, seconds: float, folder: Path) -> None:
         report.status = "wrong" if wrong else "ok"
         report.why = ", ".join(wrong)
     except Skip as reason:
-        report.status, report.why = "skipped", str(reason)
+        report.status = "skipped"
+        report.why = str(reason)
     except ImportError as missing:
-        report.status, report.why = "skipped", lacking(missing)
+        report.status = "skipped"
+        report.why = lacking(missing)
     report.write()
 
 
@@ -78,7 +80,8 @@ def end(process) -> None:
 
 def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
     "Run a section to its end or to its limit, and return its part of the record."
-    begun, given = time.time(), (name, tiny, limit, folder)
+    begun = time.time()
+    given = (name, tiny, limit, folder)
     process = get_context(method).Process(target=work, args=given)
     process.start()
     try:
@@ -87,7 +90,8 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
     finally:
         end(process)
     # What the section wrote down counts, however it ended.
-    file, log = folder / f"{name}.json", folder / f"{name}.log"
+    file = folder / f"{name}.json"
+    log = folder / f"{name}.log"
     found = json.loads(file.read_text()) if file.exists() else {}
     found = {"status": "failed", "why": "", "key": "", "kernels": []} | found
     found = {"checks": [], "figures": {}} | found
@@ -215,7 +219,8 @@ def table(record: dict, names: list[str]) -> int:  # exit code
     for name, found in sections.items():
         for check in found["checks"]:
             if not check["ok"]:
-                value, bound = check["value"], check["bound"]
+                value = check["value"]
+                bound = check["bound"]
                 value = "not finite" if value is None else f"{value:.3g}"
                 print(f"WRONG {name}: {check['name']}: {value}, at most {bound:.3g}")
         for goal in found["figures"].get("goals", []):
@@ -252,7 +257,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Run what was asked for."
-    started, options, known = time.time(), parse(argv), all_sections()
+    started = time.time()
+    options = parse(argv)
+    known = all_sections()
     if options.list:
         for name, s in known.items():
             kind = "right" if s.right else "fast "

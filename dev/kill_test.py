@@ -137,6 +137,7 @@ def interrupt(
     kills: int,
     seconds: float,  # of a whole run
     dice: random.Random,
+    *,
     quick: bool = False,
     ranks: int = 1,
 ) -> list[dict]:  # when each kill struck and what it found
@@ -174,6 +175,7 @@ def check(
     alone: Path,  # where the stages before this one are finished
     kills: int,
     dice: random.Random,
+    *,
     quick: bool = False,  # half the steps; RL starts from the base model
     ranks: int = 1,
 ) -> dict:  # what was compared
@@ -185,8 +187,9 @@ def check(
     begun = time.time()
     finish(start(stage, alone, quick, ranks), alone)
     seconds = time.time() - begun
-    struck = interrupt(stage, disturbed, kills, seconds, dice, quick, ranks)
-    expected, found = state(stage, alone), state(stage, disturbed)
+    struck = interrupt(stage, disturbed, kills, seconds, dice, quick=quick, ranks=ranks)
+    expected = state(stage, alone)
+    found = state(stage, disturbed)
     shutil.rmtree(disturbed)
     different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
     return {
@@ -198,7 +201,8 @@ def check(
     }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    "Read the command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=13, help="of each stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,32 +211,44 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes of a stage")
     record = ROOT / "dev" / "records" / "kill_resume.json"
     parser.add_argument("--out", type=Path, default=record)
-    options = parser.parse_args()
-    dice, records = random.Random(options.seed), []
+    return parser.parse_args()
+
+
+def keep(records: list[dict], options: argparse.Namespace) -> None:
+    "Write what was found so far; runs on several ranks have a key of their own."
+    command = " ".join(["python dev/kill_test.py", *sys.argv[1:]])
+    result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
+    result |= {"command": command, "stages": records}
+    if options.ranks > 1:
+        result = {f"ranks_{options.ranks}": result}
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    options.out.write_text(json.dumps(kept | result, indent=1) + "\n")
+
+
+def main() -> None:
+    "Kill the stages one after the other; exit with 1 if anything differs."
+    options = parse()
+    dice = random.Random(options.seed)
+    how = {"quick": options.quick, "ranks": options.ranks}
+    records = []
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder) / "alone"
         alone.mkdir()
         flags = ["--vocab-size=600", "--max-chars=200000", "--preset=cpu"]
         finish(launch("tok_train", alone, flags), alone)
+
+        # Each stage starts from what the one before left in `alone`.
         for stage in options.stages.split(","):
-            record = check(
-                stage, alone, options.kills, dice, options.quick, options.ranks
-            )
+            record = check(stage, alone, options.kills, dice, **how)
             records.append(record)
-            saved = [kill["saved"] for kill in record["kills"]]
+            saved = sorted(kill["saved"] for kill in record["kills"])
             verdict = f"DIFFERENT: {record['different']}" if record["different"] else ""
             print(
-                f"{stage:10} {len(saved):3} kills, at saved steps {sorted(saved)}: "
+                f"{stage:10} {len(saved):3} kills, at saved steps {saved}: "
                 f"{verdict or 'bit-identical'}",
                 flush=True,
             )
-            command = " ".join(["python dev/kill_test.py", *sys.argv[1:]])
-            result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
-            result |= {"command": command, "stages": records}
-            if options.ranks > 1:
-                result = {f"ranks_{options.ranks}": result}
-            kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-            options.out.write_text(json.dumps(kept | result, indent=1) + "\n")
+            keep(records, options)
     sys.exit(any(record["different"] for record in records))
 
 

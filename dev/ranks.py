@@ -34,7 +34,9 @@ from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 
-ROWS, T, V = 8, 32, 251  # rows of a step over all ranks, context, vocabulary
+ROWS = 8  # of a step, over all ranks
+T = 32  # context
+V = 251  # vocabulary: the bytes below it
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -49,7 +51,8 @@ def build(padding: int, dtype: torch.dtype) -> GPT:
 
 def read_rows(steps: int) -> torch.Tensor:  # (steps, ROWS, T + 1) bytes of text
     "Cut the embedded corpus into the rows of all steps."
-    need, text = steps * ROWS * (T + 1), b""
+    need = steps * ROWS * (T + 1)
+    text = b""
     for document, _ in islice(iter_documents("train"), 200):
         text += bytes(b for b in document.encode() if b < V)
         if len(text) >= need:
@@ -61,7 +64,8 @@ class Meter:
     "Count the bytes that this rank sends, each collective as a ring performs it."
 
     def __init__(self):
-        self.sent, world = 0, dist.get_world_size() if dist.is_initialized() else 1
+        self.sent = 0
+        world = dist.get_world_size() if dist.is_initialized() else 1
         names = {"reduce_scatter_single": 1, "reduce_scatter_tensor": 1}
         names |= {"all_gather_single": 0, "all_gather_into_tensor": 0, "all_reduce": 0}
         for name, which in names.items():
@@ -85,10 +89,14 @@ def run(rank: int, world: int, folder: str, steps: int, padding: int, dtype: str
     if world > 1:
         store = dist.FileStore(f"{folder}/store{world}", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    model, meter, times, losses = build(padding, DTYPES[dtype]), Meter(), [], []
+    model = build(padding, DTYPES[dtype])
+    meter = Meter()
+    times = []
+    losses = []
     optimizer = setup_optimizer(model, OptimConfig(matrix_beta2=0.95))
     for rows in read_rows(steps):
-        begun, mine = time.perf_counter(), rows[rank::world]
+        begun = time.perf_counter()
+        mine = rows[rank::world]
         loss = model(mine[:, :-1], mine[:, 1:], loss_reduction="sum") / (ROWS * T)
         loss.backward()
         optimizer.step(1.0, 0.9)
@@ -114,7 +122,8 @@ def run(rank: int, world: int, folder: str, steps: int, padding: int, dtype: str
 def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dict]:
     "Train on each number of ranks and compare with the first."
     setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports, once for all forks
-    found, first = [], {}
+    found = []
+    first = {}
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
             given = (world, folder, steps, padding, dtype)
@@ -157,7 +166,8 @@ def main() -> None:
     rows = measure(worlds, options.steps, options.padding, options.dtype)
     print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
     for row in rows:
-        low, high = min(row["state_bytes"]) / 1e3, max(row["state_bytes"]) / 1e3
+        low = min(row["state_bytes"]) / 1e3
+        high = max(row["state_bytes"]) / 1e3
         print(
             f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
             f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "

@@ -31,6 +31,7 @@ def curve(path) -> list:
 
 
 def main(target: str) -> None:
+    "Collect what the stages saved and logged."
     base = get_base_dir()
     sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]

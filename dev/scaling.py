@@ -1,6 +1,7 @@
 """How should a budget be split between a larger model and more text?
 
 python dev/scaling.py --record dev/records/scaling.json     a quarter of an hour on one core
+python dev/scaling.py --record FILE --tiny                  two sizes, some steps each
 
 Tiny models of the book's architecture, trained on the embedded corpus. A budget is a number
 of operations, counted as 6ND with N the weights of the matrices and the head; each size gets
@@ -22,8 +23,11 @@ from nanochat.tokenizer import RustBPETokenizer
 
 SIZES = ((8, 1), (16, 1), (24, 1), (32, 2), (48, 2), (64, 3))  # width, layers
 BUDGETS = {2e10: SIZES[:5], 6e10: SIZES[:5], 2e11: SIZES[2:6], 6e11: SIZES[3:]}
+TINY = {1e8: SIZES[:2]}
 RATES = (0.012, 0.024)  # at width 64; a rate is divided by width / 64
-VOCAB, B, T = 512, 8, 64
+VOCAB = 512
+B = 8  # rows of a step
+T = 64  # context
 
 
 def config(width: int, layers: int) -> GPTConfig:
@@ -43,24 +47,31 @@ def texts() -> tuple[torch.Tensor, torch.Tensor, float]:
     train = [text for text, _ in iter_documents("train")]
     val = [text for text, _ in iter_documents("val")][:100]
     tokenizer = RustBPETokenizer.train_from_iterator(train[:60], VOCAB)
-    flat = lambda docs: torch.tensor(
-        [i for d in tokenizer.encode(docs, prepend="<|bos|>") for i in d]
-    )
+
+    def flat(docs: list[str]) -> torch.Tensor:
+        rows = tokenizer.encode(docs, prepend="<|bos|>")
+        return torch.tensor([i for row in rows for i in row])
+
     held = flat(val)
     windows = held[: (len(held) - 1) // T * T + 1].unfold(0, T + 1, T)[:512]
     return flat(train), windows, sum(len(t.encode()) for t in val) / len(held)
 
 
-def run(c: GPTConfig, tokens: float, rate: float, seed: int, ribbon, windows) -> float:
+def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> float:
     "Train for a number of tokens, the rate falling to zero; return the held-out loss."
+    ribbon, windows = text
     torch.manual_seed(seed)
-    model, dice = GPT(c), torch.Generator().manual_seed(seed)
+    model = GPT(c)
     model.init_weights(seed=seed)
+    dice = torch.Generator().manual_seed(seed)
     adamw = torch.optim.AdamW(
         model.parameters(), lr=rate * 64 / c.n_embd, betas=(0.9, 0.95), weight_decay=0.0
     )
     steps = max(1, round(tokens / (B * T)))
-    fall = lambda t: min(1.0, (t + 1) / (0.05 * steps)) * (1 - t / steps)
+
+    def fall(t: int) -> float:
+        return min(1.0, (t + 1) / (0.05 * steps)) * (1 - t / steps)
+
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, fall)
     for _ in range(steps):
         start = torch.randint(len(ribbon) - T - 1, (B,), generator=dice)
@@ -74,36 +85,46 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, ribbon, windows) ->
     return sum(parts) / len(parts)
 
 
+def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> dict:
+    "Train one size with one budget: at both rates, then from the other seeds."
+    width, layers = size
+    c = config(width, layers)
+    N = weights(c)
+    D = budget / (6 * N)
+    tried = {rate: run(c, D, rate, 1, text) for rate in RATES}
+    best = min(tried, key=tried.get)
+    losses = [tried[best]]
+    for seed in range(2, seeds + 1):
+        losses.append(run(c, D, best, seed, text))
+    return {
+        "budget": budget,
+        "width": width,
+        "layers": layers,
+        "N": N,
+        "D": round(D / (B * T)) * B * T,
+        "rates": {str(rate): round(x, 4) for rate, x in tried.items()},
+        "losses": [round(x, 4) for x in losses],
+    }
+
+
 def main() -> None:
+    "Measure point after point; the record is complete after each."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", default="dev/records/scaling.json")
     parser.add_argument("--budgets", type=float, nargs="*", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--tiny", action="store_true", help="two sizes, some steps each"
+    )
     options = parser.parse_args()
+    plan = TINY if options.tiny else {b: BUDGETS[b] for b in options.budgets}
     torch.set_num_threads(1)
     ribbon, windows, bytes_per_token = texts()
-    points, begun = [], time.time()
-    for budget in options.budgets:
-        for width, layers in BUDGETS[budget]:
-            c = config(width, layers)
-            N = weights(c)
-            D = budget / (6 * N)
-            tried = {r: run(c, D, r, 1, ribbon, windows) for r in RATES}
-            best = min(tried, key=tried.get)
-            more = [
-                run(c, D, best, s, ribbon, windows) for s in range(2, options.seeds + 1)
-            ]
-            points.append(
-                {
-                    "budget": budget,
-                    "width": width,
-                    "layers": layers,
-                    "N": N,
-                    "D": round(D / (B * T)) * B * T,
-                    "rates": {str(r): round(x, 4) for r, x in tried.items()},
-                    "losses": [round(x, 4) for x in [tried[best], *more]],
-                }
-            )
+    points = []
+    begun = time.time()
+    for budget, sizes in plan.items():
+        for size in sizes:
+            points.append(measure(budget, size, options.seeds, (ribbon, windows)))
             print(f"{time.time() - begun:6.0f} s", points[-1], flush=True)
             record = {
                 "command": "python dev/scaling.py",

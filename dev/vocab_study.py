@@ -1,6 +1,7 @@
 """Which vocabulary serves a small model best? Bits per byte at equal compute.
 
 python dev/vocab_study.py --record dev/records/vocab_study.json     a quarter of an hour on two cores
+python dev/vocab_study.py --record FILE --tiny                      one size, one seed, two steps
 
 For each size: the tokenizer is trained with `scripts.tok_train`, then models of depth 2 with
 `scripts.base_train`, from several seeds. All runs get the same number of floating-point
@@ -27,7 +28,9 @@ from nanochat.tokenizer import RustBPETokenizer
 
 SIZES = [512, 1024, 2048, 4096, 8192, 16_384]
 SEEDS = [1, 2, 3]
-DEPTH, CONTEXT, BATCH = 2, 256, 4096
+DEPTH = 2
+CONTEXT = 256
+BATCH = 4096  # tokens of a step
 STEPS = 200  # at 2,048 tokens; the others follow
 
 
@@ -42,14 +45,20 @@ def run(module: str, base: str, **options) -> None:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
 
 
-def study(case: tuple[int, int]) -> dict:
+def flops(vocab: int) -> float:
+    "Count the operations that a token costs with a vocabulary."
+    return flops_per_token(model_config(DEPTH, vocab, CONTEXT))
+
+
+def study(case: tuple[int, int, bool]) -> dict:
     "Train a tokenizer of a size and a model from a seed; measure bits per byte."
-    size, seed = case
+    size, seed, tiny = case
     docs = [text for text, _ in iter_documents("val", data="embedded")]
-    flops = lambda vocab: flops_per_token(model_config(DEPTH, vocab, CONTEXT))
-    steps = round(STEPS * flops(2048) / flops(size))
+    docs = docs[:10] if tiny else docs
+    steps = round((2 if tiny else STEPS) * flops(2048) / flops(size))
+    text = {"max_chars": 200_000} if tiny else {}
     with tempfile.TemporaryDirectory() as base:
-        run("tok_train", base, vocab_size=size)
+        run("tok_train", base, vocab_size=size, **text)
         tokenizer = RustBPETokenizer.from_directory(Path(base) / "tokenizer")
         tokens = sum(map(len, tokenizer.encode(docs)))
         sizes = {"max_seq_len": CONTEXT, "total_batch_size": BATCH}
@@ -63,20 +72,25 @@ def study(case: tuple[int, int]) -> dict:
     return row
 
 
-def main(record: str) -> None:
+def main() -> None:
+    "Study all sizes and seeds, two at a time; write the record."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", required=True, help="JSON file for the results")
+    parser.add_argument("--tiny", action="store_true", help="one size, seed; two steps")
+    options = parser.parse_args()
+    sizes = [512] if options.tiny else SIZES
+    seeds = [1] if options.tiny else SEEDS
     rows = {}
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(study, product(SIZES, SEEDS)):
+        for row in pool.map(study, product(sizes, seeds, [options.tiny])):
             bits = row.pop("val_bpb")
             rows.setdefault(row["vocab_size"], row | {"val_bpb": []})
             rows[row["vocab_size"]]["val_bpb"].append(bits)
     facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
-    facts |= {"depth": DEPTH, "context": CONTEXT, "batch": BATCH, "seeds": SEEDS}
+    facts |= {"depth": DEPTH, "context": CONTEXT, "batch": BATCH, "seeds": seeds}
     text = json.dumps(facts | {"rows": list(rows.values())}, indent=1)
-    Path(record).write_text(text + "\n", "utf-8")
+    Path(options.record).write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", required=True, help="JSON file for the results")
-    main(parser.parse_args().record)
+    main()

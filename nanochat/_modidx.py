@@ -709,6 +709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nanochat.rl.examine': ('evaluation.html#examine', 'nanochat/rl.py'),
                              'nanochat.rl.group_advantages': ('evaluation.html#group_advantages', 'nanochat/rl.py'),
                              'nanochat.rl.is_due': ('evaluation.html#is_due', 'nanochat/rl.py'),
+                             'nanochat.rl.open_stage': ('evaluation.html#open_stage', 'nanochat/rl.py'),
                              'nanochat.rl.pad_rows': ('evaluation.html#pad_rows', 'nanochat/rl.py'),
                              'nanochat.rl.policy_loss': ('evaluation.html#policy_loss', 'nanochat/rl.py'),
                              'nanochat.rl.policy_step': ('evaluation.html#policy_step', 'nanochat/rl.py'),

@@ -6,6 +6,10 @@
 __all__ = ['PROMPTS', 'BaseEvalConfig', 'training_documents', 'measure_bpb', 'measure_core', 'write_samples', 'evaluate_base']
 
 # %% ../nbs/09_evaluation.ipynb #ba5ee001
+# Three measurements of a base model, each independent of the others: bits per byte of both
+# splits, beside a bigram model of the same tokens; CORE, as accuracies above chance; and
+# texts that it continues. Every rank measures its share, and all get the same result. What
+# is measured is saved as the report's section `base_eval`, in one piece at the end.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,8 +66,10 @@ def measure_bpb(
     model, tokenizer, config: BaseEvalConfig, data: str
 ) -> dict[str, float]:
     "Measure bits per byte on both splits, and a bigram model's on the held-out one."
-    device, world = model.get_device(), get_dist_info()[2]
-    rows, context = config.device_batch_size, model.config.sequence_len
+    device = model.get_device()
+    world = get_dist_info()[2]
+    rows = config.device_batch_size
+    context = model.config.sequence_len
     steps = max(1, config.eval_tokens // (rows * context * world))
     sizes = tokenizer.token_bytes()
 
@@ -73,6 +79,8 @@ def measure_bpb(
         return evaluate_bpb(model, stream, steps, sizes.to(device))
 
     values = {f"{split}_bpb": bpb(model, split, device) for split in ("train", "val")}
+
+    # What counting pairs achieves: the model has to be better than that.
     if config.bigram_chars:
         ids = encode_documents(tokenizer, training_documents(data, config.bigram_chars))
         bigram = fit_bigram(ids, tokenizer.get_vocab_size())
@@ -80,6 +88,7 @@ def measure_bpb(
         place = device if world > 1 else torch.device("cpu")
         values["bigram_bpb"] = bpb(bigram.to(place), "val", place)
         values["bigram_k"] = bigram.k
+
     for name, value in values.items():
         print0(f"{name:12} {value:.4f}")
     return values
@@ -117,7 +126,8 @@ PROMPTS = (
 
 def write_samples(model, tokenizer) -> list[str]:
     "Let the model continue each prompt: the likeliest way, or freely from nothing."
-    engine, samples = Engine(model, tokenizer), []
+    engine = Engine(model, tokenizer)
+    samples = []
     for seed, prompt in enumerate(PROMPTS):
         ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
         temperature = 0.0 if prompt else 1.0
@@ -129,7 +139,8 @@ def write_samples(model, tokenizer) -> list[str]:
 
 def evaluate_base(config: BaseEvalConfig) -> None:
     "Measure a base model and save what the report shows."
-    begun, device = time.time(), compute_init(config.device)
+    begun = time.time()
+    device = compute_init(config.device)
     model, tokenizer, meta = load_model(config.source, device, config.tag, config.step)
     freeze_weights(model)
     data = config.data or meta.get("config", {}).get("data", "")

@@ -6,6 +6,9 @@
 __all__ = ['ChatCliConfig', 'visible', 'reply', 'converse', 'chat']
 
 # %% ../nbs/08_implementation_details.ipynb #c4a70001
+# The same engine and the same events as the server's, without a server. A conversation is a
+# list of messages that only grows by complete pairs: what was interrupted or refused is
+# taken back. Nothing that the model writes reaches the terminal as a control character.
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -63,10 +66,12 @@ def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
     if dropped:
         turns = "turn does" if dropped == 1 else "turns do"
         print(f"[the oldest {dropped} {turns} not fit into the context any more]")
+
+    # Print what arrives, and keep the events: the message is made from them.
     sampling = (config.max_tokens, config.temperature, config.top_k)
     seed = None if config.seed < 0 else config.seed
     events = []
-    for event in reply_events(engine, ids, *sampling, seed):
+    for event in reply_events(engine, ids, *sampling, seed=seed):
         events.append(event)
         if "token" in event:
             print(visible(event["token"]), end="", flush=True)
@@ -87,7 +92,8 @@ def converse(engine: Engine, start: list[dict], config: ChatCliConfig) -> None:
         try:
             text = input("\nyou: ").strip()
         except EOFError:
-            return print()
+            print()
+            return
         if text in ("/quit", "/exit", "quit", "exit"):
             return
         if text == "/clear":
@@ -96,6 +102,8 @@ def converse(engine: Engine, start: list[dict], config: ChatCliConfig) -> None:
             continue
         if not text:
             continue
+
+        # Only a reply that was finished becomes part of the conversation.
         print("nanochat: ", end="", flush=True)
         try:
             asked = [*messages, {"role": "user", "content": text}]

@@ -6,6 +6,17 @@
 __all__ = ['SPAN', 'WARM_UP', 'freeze_weights', 'FixedCache', 'run_step', 'capture_graph', 'bucket', 'DecodeStep']
 
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c12
+# On a GPU the launches of a decode step cost more than its arithmetic, unless the step is
+# recorded once and replayed. A recording works on the same memory and shapes at every call,
+# so everything here stays where it is: `DecodeStep` owns cache, input tokens and logits.
+#
+# A slot is a row of that memory. The rows in use are the first ones; slots behind them are
+# computed too and mean nothing. Shapes come in few sizes, one recording each: rows rounded
+# up to a power of two, positions to a multiple of `SPAN`. How long each row is stands on the
+# device, in `cache_seqlens`; the host counts along (`lengths` + `done`) and never asks.
+#
+# The protocol: `load` a prefill's cache, then `step` as often as there is room; `keep` moves
+# rows to the front. The logits of a step are overwritten by the next one.
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -54,7 +65,9 @@ class FixedCache(KVCache):
         self.cache_seqlens = cache.cache_seqlens[:rows]
         # `insert` returns max_pos + 1 positions. As a constant that is always the whole
         # span, and where each row really ends stands in `cache_seqlens` on the device.
-        self.max_pos, self.uniform, self.grow = span - 1, False, False
+        self.max_pos = span - 1
+        self.uniform = False
+        self.grow = False
 
     def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
         "Return one layer's keys and values, (B, T, H, D) each."
@@ -81,7 +94,10 @@ def capture_graph(
     pool,  # memory that all graphs of an object share
 ) -> Callable[[], None]:  # does what `run` does, in one launch
     "Record the kernels that a function launches."
-    before, here = lengths.clone(), torch.cuda.current_stream()
+    before = lengths.clone()
+    here = torch.cuda.current_stream()
+
+    # Warm up on a stream aside: a capture may not happen on the usual one.
     aside = torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
@@ -89,6 +105,7 @@ def capture_graph(
             run()
             lengths.copy_(before)
     here.wait_stream(aside)
+
     graph = torch.cuda.CUDAGraph()
     # "thread_local": what other threads do meanwhile, such as a server's, is their affair.
     options = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
@@ -120,16 +137,24 @@ class DecodeStep:
         compiled: bool | str = False,  # fuse kernels; a string: by this backend
         graph: bool | None = None,  # capture; None: on CUDA
     ):
-        config, device = model.config, model.get_device()
+        config = model.config
+        device = model.get_device()
+
+        # The memory that every step works on, for good.
         capacity = min(-(-capacity // SPAN) * SPAN, config.sequence_len)
         shape = (batch_size, config.n_kv_head, capacity, config.head_dim)
         self.cache = KVCache(*shape, config.n_layer, device, model.dtype)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.logits = torch.zeros(batch_size, config.vocab_size, device=device)
-        self.model, self.batch_size, self.capacity = model, batch_size, capacity
+        self.model = model
+        self.batch_size = batch_size
+        self.capacity = capacity
+
+        # How a step runs: plain or compiled, launched by kernel or as a graph.
         self.graph = device.type == "cuda" if graph is None else graph
         self.pool = torch.cuda.graph_pool_handle() if self.graph else None
-        self.run, self.whole = run_step, bool(compiled)  # compile one shape, not many
+        self.run = run_step
+        self.whole = bool(compiled)  # compile one shape, not many
         if compiled:
             backend = compiled if isinstance(compiled, str) else "inductor"
             options = {"backend": backend, "fullgraph": True, "dynamic": False}
@@ -155,7 +180,8 @@ class DecodeStep:
         slots = torch.tensor(lengths + [0] * (self.batch_size - len(lengths)))
         self.cache.cache_seqlens.copy_(slots)
         # The host counts along: asking the device would mean to wait for it.
-        self.lengths, self.done = lengths, 0
+        self.lengths = lengths
+        self.done = 0  # steps since then
 
     @torch.inference_mode()
     def load(
@@ -174,6 +200,8 @@ class DecodeStep:
                 f"{len(rows)} rows of {n} positions do not fit into {self.batch_size} "
                 f"of {self.capacity}: make a larger DecodeStep"
             )
+
+        # Copy what the rows have so far, then count their positions.
         index = torch.tensor(rows, device=kv.k_cache.device)
         pairs = (self.cache.k_cache, kv.k_cache), (self.cache.v_cache, kv.v_cache)
         for mine, theirs in pairs:
@@ -188,7 +216,7 @@ class DecodeStep:
         self,
         rows: list[int],  # in increasing order
     ) -> None:
-        "Go on with these rows, moved to the front; the rest of the slots is free."
+        "Continue with these rows, moved to the front; the other slots are free."
         move_rows(self.cache, rows, max(self.lengths) + self.done)
         self.set_lengths([self.lengths[r] + self.done for r in rows])
 
@@ -198,9 +226,12 @@ class DecodeStep:
         tokens: Tensor,  # (B,) int64, the newest token of each row in use
     ) -> Tensor:  # (B, V) logits of the next; the next step overwrites them
         "Run one token of every row through the model."
-        count, longest = len(self.lengths), max(self.lengths) + self.done
+        count = len(self.lengths)
+        longest = max(self.lengths) + self.done
         if longest >= self.capacity:
             raise ValueError(f"a row has {longest} positions, no room for another")
+
+        # The smallest prepared shape that holds all rows and the new position.
         shape = self.batch_size, self.capacity
         if not self.whole:
             span = min((longest // SPAN + 1) * SPAN, self.capacity)

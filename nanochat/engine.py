@@ -6,6 +6,20 @@
 __all__ = ['PREFILL_POSITIONS', 'SPARE_BYTES', 'prefill', 'ControlTokens', 'Row', 'push', 'track_call', 'start_rows', 'decode_step', 'EagerStep', 'run_rows', 'Engine']
 
 # %% ../nbs/08_implementation_details.ipynb #4e2d7a0e
+# The life of a row: `start_rows` opens it with its prompt and its limit; the prefill reads
+# the prompt; then each step samples one token for every active row, and `push` appends it,
+# or instead the next token that a tool has queued. A row ends by itself (`end`, a token of
+# `ControlTokens.ends`, which its ids do not hold) or at its limit. It then leaves the batch,
+# and the caller still has it. `mask` tells the tokens that the model chose (1) from prompt
+# and tool (0); reinforcement learning trains on the ones alone.
+#
+# Who owns the cache: `prefill` makes one with a row for each prompt, and hands it over.
+# `EagerStep` takes it over, with a row for each sample, and drops the rows that finish.
+# `DecodeStep` (module decode) copies them into memory of its own that stays where it is;
+# the engine keeps that memory in `spare` between calls and lends it to one call at a time.
+#
+# There is one loop, `run_rows`; every public method is a way to call it. Each call draws
+# from a generator of its own, made from its seed.
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +46,9 @@ def prefill(
     chunk: int | None = None,  # positions per forward pass; None: as memory allows
 ) -> tuple[Tensor, KVCache]:  # (B, V) logits after each prompt's last token, the cache
     "Run all prompts through the model at once, padded on the right."
-    config, device, rows = model.config, model.get_device(), len(prompts)
+    config = model.config
+    device = model.get_device()
+    rows = len(prompts)
     lengths = [len(p) for p in prompts]
     longest = max(lengths)
     padded = [p + [0] * (longest - len(p)) for p in prompts]
@@ -40,9 +56,11 @@ def prefill(
     shape = (rows, config.n_kv_head, capacity, config.head_dim, config.n_layer)
     kv = KVCache(*shape, device=device, dtype=model.dtype)
     chunk = chunk or max(1, PREFILL_POSITIONS // rows)
+
     # Where the last token of a row stands; nothing here makes the host wait for a GPU.
-    end, row = torch.tensor(lengths, device=device) - 1, torch.arange(rows)
-    row, last = row.to(device), torch.zeros(rows, config.n_embd, device=device)
+    end = torch.tensor(lengths, device=device) - 1
+    row = torch.arange(rows).to(device)
+    last = torch.zeros(rows, config.n_embd, device=device)
     for start in range(0, longest, chunk):
         x = model.hidden(tokens[:, start : start + chunk], kv)
         at = (end - start).clamp(0, x.size(1) - 1)
@@ -61,8 +79,12 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer) -> "ControlTokens":
+        "Look the ids up in a tokenizer."
         special = tokenizer.encode_special
-        pair = lambda name: (special(f"<|{name}_start|>"), special(f"<|{name}_end|>"))
+
+        def pair(name: str) -> tuple[int, int]:
+            return special(f"<|{name}_start|>"), special(f"<|{name}_end|>")
+
         ends = {tokenizer.get_bos_token_id(), special("<|assistant_end|>")}
         return cls(frozenset(ends), pair("python"), pair("output"))
 
@@ -171,11 +193,12 @@ class EagerStep:
         kv: KVCache,  # of a prefill
         rows: list[int],  # its row for each sequence
     ):
-        self.model, self.kv = model, kv
+        self.model = model
+        self.kv = kv
         self.keep(rows)
 
     def keep(self, rows: list[int]) -> None:
-        "Go on with these rows alone."
+        "Continue with these rows alone."
         keep_rows(self.kv, rows)
 
     def step(self, tokens: Tensor) -> Tensor:  # (B,) int64, to (B, V) logits
@@ -187,6 +210,7 @@ def run_rows(
     engine: "Engine",
     rows: list[Row],  # `num_samples` for each prompt; they grow in place
     num_samples: int,
+    *,
     temperature: float,
     top_k: int | None,
     seed: int,
@@ -198,18 +222,22 @@ def run_rows(
     generator = torch.Generator(engine.model.get_device()).manual_seed(seed)
     with engine.decoder(rows, num_samples) as (logits, decoder):
         while True:
+            # Choose, and let every row take its token, or the one that a tool has queued.
             tokens = sample_next(logits, temperature, top_k, generator)[:, 0]
             for row in rows:
                 row.column = (row.column[0], 0)
             for row, token in zip(active, tokens.tolist()):
                 push(row, token, engine.control, engine.tokenizer)
             yield
+
+            # Rows that are finished leave the batch.
             keep = [i for i, row in enumerate(active) if row.active]
             if not keep:
                 return
             if len(keep) < len(active):
                 active = [active[i] for i in keep]
                 decoder.keep(keep)
+
             # What was sampled is the next input, unless a row left or a tool spoke.
             if len(active) < len(tokens) or not all(row.column[1] for row in active):
                 tokens = torch.tensor([row.ids[-1] for row in active])
@@ -229,11 +257,13 @@ class Engine:
         static: bool | None = None,  # decode with fixed shapes; None: on CUDA
         compiled: bool = False,  # and compile that step, once
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.control = ControlTokens.of(tokenizer)
         on_gpu = model.get_device().type == "cuda"
-        self.static, self.compiled = on_gpu if static is None else static, compiled
-        self.spare: DecodeStep | None = None
+        self.static = on_gpu if static is None else static
+        self.compiled = compiled
+        self.spare: DecodeStep | None = None  # fixed memory that no call uses now
 
     @contextmanager
     def decoder(
@@ -241,7 +271,7 @@ class Engine:
         rows: list[Row],
         num_samples: int,  # rows for each prompt
     ) -> Iterator[tuple[Tensor, EagerStep | DecodeStep]]:
-        "Read the prompts; lend the first logits of each active row, and what goes on."
+        "Read the prompts; lend the first logits of each active row, and what decodes on."
         place = [i // num_samples for i, row in enumerate(rows) if row.active]
         prompts = [row.ids for row in rows[::num_samples]]
         capacity = max(row.limit for row in rows)
@@ -249,7 +279,9 @@ class Engine:
             logits, kv = prefill(self.model, prompts, capacity)
             yield logits[place], EagerStep(self.model, kv, place)
             return
-        step, self.spare = self.spare, None  # nobody else may have it meanwhile
+        # Take the spare memory; nobody else may have it meanwhile.
+        step = self.spare
+        self.spare = None
         if step is None or not step.holds(len(place), capacity):
             step = None  # frees its memory before the new one takes some
             step = DecodeStep(self.model, len(place), capacity, self.compiled)
@@ -262,6 +294,7 @@ class Engine:
             self.spare = step if step.nbytes <= SPARE_BYTES else None
 
     def start(self, prompts, num_samples, max_tokens) -> list[Row]:
+        "Open the rows of a call, as long as the model's context allows."
         context = self.model.config.sequence_len
         return start_rows(prompts, num_samples, max_tokens, context)
 
@@ -272,11 +305,13 @@ class Engine:
         max_tokens: int | None = None,  # None: up to the context's end
         temperature: float = 1.0,  # 0: always the best token
         top_k: int | None = None,
+        *,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:  # (tokens, masks), one entry a sample
         "Yield a column per step; a finished row repeats its last token with mask 0."
         rows = self.start([tokens], num_samples, max_tokens)
-        for _ in run_rows(self, rows, num_samples, temperature, top_k, seed):
+        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        for _ in run_rows(self, rows, num_samples, **sampling):
             yield [row.column[0] for row in rows], [row.column[1] for row in rows]
 
     def generate_many(
@@ -286,11 +321,13 @@ class Engine:
         temperature=1.0,
         top_k=None,
         seed=42,
+        *,
         num_samples=1,
     ) -> list[Row]:  # the samples of the first prompt, then of the second, ...
         "Complete prompts of different lengths in one batch."
         rows = self.start(prompts, num_samples, max_tokens)
-        for _ in run_rows(self, rows, num_samples, temperature, top_k, seed):
+        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        for _ in run_rows(self, rows, num_samples, **sampling):
             pass
         return rows
 
@@ -301,6 +338,7 @@ class Engine:
         max_tokens=None,
         temperature=1.0,
         top_k=None,
+        *,
         seed=42,
     ) -> tuple[list[list[int]], list[list[int]]]:  # ids with the prompt, masks
         "Complete one prompt several times; the end token is left out."

@@ -6,6 +6,12 @@
 __all__ = ['LATER_PARAMETERS', 'LATER_FIELDS', 'Captured', 'DataUnpickler', 'read_pickled', 'recognize', 'read_weights', 'checkpoint_steps', 'read_nanochat', 'load_foreign', 'adopt', 'ImportModelConfig', 'import_model', 'ExportHfConfig', 'export_model']
 
 # %% ../nbs/appendix_interop.ipynb #d5ef8aa6
+# Files of others are data, never programs: a pickle of a tokenizer is read with one name
+# allowed (`DataUnpickler`), weights with `weights_only`, and whatever else a file asks for is
+# refused in one line that names the file. Two kinds of folder can be read: Hugging Face's
+# (`read_hf` in module hf) and nanochat's own (`read_nanochat`). Both give a configuration,
+# float32 weights and a tokenizer; `load_foreign` checks that the three belong together, and
+# `adopt` makes them a checkpoint of step 0 that every command takes as one of ours.
 import pickle
 import re
 from pathlib import Path
@@ -24,6 +30,7 @@ class Captured:
     "Stands in for `tiktoken.Encoding` and keeps what would have been its state."
 
     def __setstate__(self, state: dict) -> None:
+        "Keep the state that the pickle holds."
         self.state = state
 
 # %% ../nbs/appendix_interop.ipynb #caab8dd6
@@ -31,6 +38,7 @@ class DataUnpickler(pickle.Unpickler):
     "Read a pickled `tiktoken.Encoding` without running anything that it names."
 
     def find_class(self, module: str, name: str) -> type:
+        "Allow one name, and give a stand-in for it."
         if (module, name) != ("tiktoken.core", "Encoding"):
             raise UserError(f"it asks for {module}.{name}, which no tokenizer needs")
         return Captured
@@ -127,12 +135,16 @@ def read_nanochat(
     path = file.with_name(file.stem.replace("model", "meta") + ".json")
     record = dict(read_json(path).get("model_config") or {})
     weights = read_weights(file)
+
+    # Which version of nanochat computes with these parameters?
     window_pattern = str(record.pop("window_pattern", "L"))
-    # Sizes that are none are the next line's affair.
     context = record.get("sequence_len")
-    context = context if isinstance(context, int) else 1
+    if not isinstance(context, int):
+        context = 1  # `read_config` below refuses it, with a reason
     record |= recognize(set(weights), window_pattern, context, path)
     config = checkpoint.read_config(record, path)
+
+    # The tokenizer lies beside the weights, or where nanochat's run folder has it.
     homes = [folder, folder.resolve().parent.parent / "tokenizer"]
     places = [home / "tokenizer.pkl" for home in homes]
     found = next((place for place in places if place.exists()), places[0])
@@ -149,6 +161,8 @@ def load_foreign(
         config, weights, tokenizer = read_nanochat(folder)
     else:
         raise UserError(f"{folder} holds neither *.safetensors nor model_*.pt")
+
+    # Both kinds of names, Hugging Face's and nanochat's, become ours.
     model = checkpoint.build_model(config, torch.device("cpu"))
     names = {hf_name(name): name for name in model.state_dict()}
     weights = {names.get(name, name): weight for name, weight in weights.items()}
@@ -168,6 +182,8 @@ def adopt(
     folder = checkpoint.checkpoint_folder(stage, tag or f"d{model.config.n_layer}")
     home = get_base_dir() / "tokenizer"
     name = tokenizer.fingerprint()
+
+    # Neither a checkpoint nor the tokenizer of other checkpoints is replaced unasked.
     taken = bool(checkpoint.list_steps(folder))
     if not overwrite and not taken and (home / FILE_NAME).exists():
         taken = RustBPETokenizer.from_directory(home).fingerprint() != name
@@ -177,6 +193,7 @@ def adopt(
             "--tag or NANOCHAT_BASE_DIR, or add --overwrite True"
         )
     tokenizer.save(home)
+
     # Saving step 0 removes the later steps, and nothing else that lies in the folder.
     facts = {"stage": "import", "settings": "import", "tokenizer": name, "results": {}}
     return checkpoint.save(folder, 0, model, meta=facts)

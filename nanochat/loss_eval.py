@@ -6,6 +6,10 @@
 __all__ = ['evaluate_bpb', 'Bigram', 'encode_documents', 'fit_bigram', 'bigram_bpb']
 
 # %% ../nbs/09_evaluation.ipynb #623c4a53
+# Losses are nats per token, and tokenizers cut differently: bits per byte divide the sum of
+# nats by the UTF-8 bytes of the targets, so that models of any vocabulary can be compared.
+# Special tokens (no bytes) and ignored targets (-1) count neither above nor below the line.
+# Sums, not averages, are added over ranks, in float64. `Bigram` has the call of a model.
 import math
 from collections.abc import Iterable, Iterator
 
@@ -53,7 +57,8 @@ class Bigram:
         vocab_size: int,  # V
         k: float = 1.0,  # weight of the unigram guess, in observations
     ):
-        self.vocab_size, self.k = vocab_size, k
+        self.vocab_size = vocab_size
+        self.k = k
         one = torch.bincount(ids, minlength=vocab_size).double()
         self.unigram = (one + 1) / (one.sum() + vocab_size)
         self.seen = torch.bincount(ids[:-1], minlength=vocab_size).double()
@@ -94,7 +99,8 @@ def fit_bigram(
 ) -> Bigram:
     "Count pairs; choose k on the last tenth of the training tokens."
     cut = len(ids) * 9 // 10
-    counted, rest = ids[:cut], ids[cut:]
+    counted = ids[:cut]
+    rest = ids[cut:]
     bigram = Bigram(counted, vocab_size)
 
     def loss(k: float) -> float:

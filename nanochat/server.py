@@ -6,6 +6,23 @@
 __all__ = ['MAX_WAITING', 'router', 'POLICY', 'ReplyReader', 'reply_events', 'reply_content', 'split_turns', 'fit_conversation', 'sse', 'Part', 'Message', 'ChatRequest', 'Service', 'prepare', 'stream_reply', 'admit', 'page', 'health', 'stats', 'chat', 'openai_record', 'openai_lines', 'openai_chat', 'models', 'create_app', 'load_chat_model', 'ChatWebConfig', 'listen', 'serve']
 
 # %% ../nbs/08_implementation_details.ipynb #67e80237
+# A reply is a stream of events, dictionaries of these kinds, in this order:
+#   {"dropped": n}                    first, if the n oldest turns did not fit the context
+#   {"token": text}                   whole characters, as they are completed
+#   {"tool": input, "result": output} a finished call; result is None if there was no answer
+#   {"done": true, "reason": ...}     last: "stop" (the model ended) or "length", and the
+#                                     numbers of tokens: "prompt" and "tokens"
+#   {"error": text}                   last instead, if generation failed
+# The page gets them as they are, one server-sent event each; the OpenAI-compatible route
+# translates them. The terminal chat reads the same events without a server.
+#
+# Refused, with one line that says why: status 400 for a field outside its bounds, an empty
+# or too long message, roles out of order, or a message that does not fit the context; 429
+# when `MAX_WAITING` requests wait; and any Host header but our own, unless the model was
+# opened to the network. Everything is checked before the first event is sent.
+#
+# One model answers one request at a time: `Service.gate` is held while a reply is
+# generated, and released as soon as its client is gone.
 import asyncio
 import codecs
 import json
@@ -39,7 +56,8 @@ class ReplyReader:
     "Turn the tokens of a reply into events: whole characters of text, and tool calls."
 
     def __init__(self, tokenizer, control: ControlTokens):
-        self.tokenizer, self.control = tokenizer, control
+        self.tokenizer = tokenizer
+        self.control = control
         names = tokenizer.get_special_tokens()
         self.special = {tokenizer.encode_special(name) for name in names}
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -50,8 +68,10 @@ class ReplyReader:
     def read(self, token: int) -> list[dict]:
         "Take one token; return the events that it completes."
         control = self.control
+        # The four control tokens of a call move between its two halves; the rest is text.
         if token == control.python[0]:
-            self.call, self.writing = [], True
+            self.call = []
+            self.writing = True
         elif token == control.python[1]:
             self.writing = False
         elif token == control.output[0]:
@@ -59,8 +79,10 @@ class ReplyReader:
         elif token == control.output[1] and self.answer is not None:
             return self.tool_event()
         elif token not in self.special:
-            if self.writing or self.answer is not None:
-                (self.call if self.writing else self.answer).append(token)
+            if self.writing:
+                self.call.append(token)
+            elif self.answer is not None:
+                self.answer.append(token)
             elif text := self.utf8.decode(self.tokenizer.decode_bytes([token])):
                 return [{"token": text}]
         return []
@@ -70,8 +92,12 @@ class ReplyReader:
         return self.tool_event() if self.call is not None else []
 
     def tool_event(self) -> list[dict]:
-        decode = lambda ids: None if ids is None else self.tokenizer.decode(ids)
-        event = {"tool": decode(self.call), "result": decode(self.answer)}
+        "Report the call and forget it; None stands for a half that never came."
+        event = {"tool": None, "result": None}
+        if self.call is not None:
+            event["tool"] = self.tokenizer.decode(self.call)
+        if self.answer is not None:
+            event["result"] = self.tokenizer.decode(self.answer)
         self.call = self.answer = None
         return [event]
 
@@ -82,14 +108,18 @@ def reply_events(
     max_tokens: int = 512,
     temperature: float = 0.8,
     top_k: int | None = 50,
+    *,
     seed: int | None = None,  # None: a new one for each reply
 ) -> Iterator[
     dict
 ]:  # {"token": text} or {"tool": ..., "result": ...}, then {"done": True}
     "Generate one reply as a stream of events."
-    reader, count, ended = ReplyReader(engine.tokenizer, engine.control), 0, False
+    reader = ReplyReader(engine.tokenizer, engine.control)
+    count = 0  # tokens of the reply, without the one that ends it
+    ended = False
     seed = secrets.randbits(31) if seed is None else seed
-    for (token,), _ in engine.generate(prompt, 1, max_tokens, temperature, top_k, seed):
+    sampling = (max_tokens, temperature, top_k)
+    for (token,), _ in engine.generate(prompt, 1, *sampling, seed=seed):
         ended = token in engine.control.ends
         count += not ended
         yield from reader.read(token)
@@ -147,7 +177,10 @@ def fit_conversation(
         ids, _ = tokenizer.render_conversation({"messages": kept}, max_tokens=10**9)
         return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
-    fits = lambda dropped: len(render(dropped)) <= limit
+    def fits(dropped: int) -> bool:
+        return len(render(dropped)) <= limit
+
+    # Dropping more never makes it longer, so the least that suffices is found by halving.
     dropped = bisect_left(range(len(turns)), True, key=fits)
     if dropped == len(turns):
         size = len(render(dropped - 1))
@@ -178,6 +211,7 @@ class Message(BaseModel):
     content: str | list[Part]
 
     def size(self) -> int:
+        "Count the characters of the content."
         parts = self.content
         return len(parts) if isinstance(parts, str) else sum(len(p.text) for p in parts)
 
@@ -217,6 +251,10 @@ def prepare(
     request: ChatRequest,
 ) -> tuple[Iterator[dict], int]:  # the events, not yet started; the dropped turns
     "Check a request and get ready to answer it."
+
+    def pick(value, default):
+        return default if value is None else value
+
     sizes = [message.size() for message in request.messages]
     if min(sizes) == 0:
         raise UserError("a message is empty")
@@ -225,18 +263,19 @@ def prepare(
             f"the longest message has {max(sizes)} characters (at most 8000), the "
             f"conversation {sum(sizes)} (at most 32000)"
         )
-    engine, pick = (
-        service.engine,
-        lambda value, default: default if value is None else value,
-    )
+
+    # At most a quarter of the context is kept free for the reply; the rest is for history.
+    engine = service.engine
     max_tokens = pick(request.max_tokens, service.max_tokens)
     context = engine.model.config.sequence_len
     messages = [message.model_dump() for message in request.messages]
     limit = context - min(max_tokens, context // 4)
     ids, dropped = fit_conversation(engine.tokenizer, messages, limit)
+
     temperature = pick(request.temperature, service.temperature)
     top_k = pick(request.top_k, service.top_k)
-    events = reply_events(engine, ids, max_tokens, temperature, top_k, request.seed)
+    sampling = (max_tokens, temperature, top_k)
+    events = reply_events(engine, ids, *sampling, seed=request.seed)
     return events, dropped
 
 # %% ../nbs/08_implementation_details.ipynb #fb432497
@@ -263,6 +302,7 @@ async def stream_reply(
         logging.getLogger("nanochat").exception("a reply failed")
         yield {"error": f"generation failed: {error}"}
     finally:
+        # Also when the client is gone: the generator frees its memory before others start.
         events.close()
         service.busy -= 1
         service.gate.release()
@@ -344,11 +384,14 @@ async def openai_lines(
     service: Service, events: AsyncIterator[dict]
 ) -> AsyncIterator[str]:
     "Translate events into chunks of OpenAI's streaming format."
-    identity, kind = f"chatcmpl-{secrets.token_hex(8)}", "chat.completion.chunk"
+    identity = f"chatcmpl-{secrets.token_hex(8)}"
+    kind = "chat.completion.chunk"
     delta: dict = {"role": "assistant", "content": ""}
     yield sse(
         openai_record(service, kind, {"delta": delta, "finish_reason": None}, identity)
     )
+
+    # Text and the end have a place in this format; tool calls have none and are left out.
     async for event in events:
         choice = {"delta": {}, "finish_reason": None}
         if "token" in event:
@@ -368,6 +411,8 @@ async def openai_chat(request: Request, body: ChatRequest):
     if body.stream:
         lines = openai_lines(service, events)
         return StreamingResponse(lines, media_type="text/event-stream")
+
+    # Without streaming: wait for the whole reply, and wrap it once.
     collected = [event async for event in events]
     if not collected or "done" not in collected[-1]:
         raise HTTPException(
@@ -378,9 +423,10 @@ async def openai_chat(request: Request, body: ChatRequest):
     choice = {"message": message, "finish_reason": collected[-1]["reason"]}
     identity = f"chatcmpl-{secrets.token_hex(8)}"
     record = openai_record(service, "chat.completion", choice, identity)
-    sizes = collected[-1]["prompt"], collected[-1]["tokens"]
-    names = "prompt_tokens", "completion_tokens", "total_tokens"
-    return record | {"usage": dict(zip(names, (*sizes, sum(sizes))))}
+    read = collected[-1]["prompt"]
+    written = collected[-1]["tokens"]
+    usage = {"prompt_tokens": read, "completion_tokens": written}
+    return record | {"usage": usage | {"total_tokens": read + written}}
 
 # %% ../nbs/08_implementation_details.ipynb #81529587
 @router.get("/v1/models")
@@ -399,8 +445,11 @@ def create_app(
     app.state.service = service
     app.include_router(router)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    refuse = lambda detail: JSONResponse({"detail": detail}, status_code=400)
 
+    def refuse(detail: str) -> JSONResponse:
+        return JSONResponse({"detail": detail}, status_code=400)
+
+    # What is refused gets one line, whoever noticed it: our checks or the field bounds.
     @app.exception_handler(UserError)
     async def bad_conversation(request: Request, error: UserError) -> JSONResponse:
         return refuse(str(error))
@@ -432,7 +481,7 @@ def load_chat_model(
         raise UserError(
             f"there is no trained model under {get_base_dir()}: run `bash speedrun.sh`"
         )
-    source = source or exists[0]
+    source = source or exists[0]  # the latest stage is the best
     model, tokenizer, meta = load_model(source, compute_init(device), tag, step)
     name = f"nanochat-{Path(meta['path']).parent.name}-{source}"
     # A compiled step needs fixed shapes; otherwise the engine decides about those.
@@ -483,10 +532,13 @@ def listen(host: str, port: int) -> socket.socket:
 # %% ../nbs/08_implementation_details.ipynb #c4a70007
 def serve(config: ChatWebConfig) -> None:
     "Load a model and serve the page and the API until Ctrl-C."
+    # The port first: loading a model takes long, and another program may have the port.
     listener = listen(config.host, config.port)
     where = config.source, config.device, config.tag, config.step
     engine, name = load_chat_model(*where, compiled=config.compile)
     sampling = (config.temperature, config.top_k, config.max_tokens)
+
+    # A page of somebody else's must not reach a local model through a name of its own.
     local = config.host in ("127.0.0.1", "localhost")
     hosts = ("127.0.0.1", "localhost") if local else ("*",)
     app = create_app(Service(engine, name, *sampling), hosts)

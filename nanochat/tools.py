@@ -6,6 +6,10 @@
 __all__ = ['MAX_CHARS', 'MAX_BITS', 'OPERATORS', 'divide', 'power', 'evaluate', 'number', 'use_calculator']
 
 # %% ../nbs/08_implementation_details.ipynb #51488296
+# What a model writes as a tool call is text from a stranger: it is parsed, never run. Allowed
+# are numbers, + - * / // % **, signs, brackets, and `"text".count("t")`. The size of every
+# intermediate result is bounded before it is computed, so that no call takes long or much
+# memory. `use_calculator` returns text, or None for whatever is not such a calculation.
 import ast
 import math
 import operator
@@ -40,18 +44,21 @@ def power(a: int | float, b: int | float) -> int | float:
 def evaluate(node: ast.AST) -> int | float:
     'Compute a syntax tree made of numbers, operators and `"text".count("t")`.'
     match node:
+        # Whole and broken numbers with their signs; True is no number.
         case ast.Constant(value=value) if type(value) in (int, float):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return number(operand)
+        # Two of the operators need more care than a table can take.
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return divide(number(left), number(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return power(number(left), number(right))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](number(left), number(right))
+        # The one method that may be called: count, on a text, with a text.
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
             args=[ast.Constant(value=str(letters))],
@@ -77,6 +84,8 @@ def use_calculator(
     "Evaluate arithmetic, or count letters, without running any code."
     if len(expr) > MAX_CHARS:
         return None
+
+    # Parse and compute; whatever goes wrong there is no calculation.
     if not {"'", '"'} & set(expr):  # 1,234 + 1: commas group digits
         expr = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expr)
     try:

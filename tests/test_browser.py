@@ -81,7 +81,7 @@ def send(page, text: str) -> None:
 class Talker(Engine):
     "Says a fixed reply with a tool call, one token every few milliseconds."
 
-    def generate(self, tokens, *options):
+    def generate(self, tokens, *options, **named):
         special, encode = self.tokenizer.encode_special, self.tokenizer.encode
         words = (
             "**Köln** → ½ is `code` & <b>not bold</b> <img src=x onerror=alert(1)>. So "

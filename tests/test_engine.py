@@ -94,7 +94,7 @@ def test_samples_differ_from_the_first_token_on(engine, prompts):
 
 
 def test_seed_fixes_the_samples(engine, prompts):
-    run = lambda seed: engine.generate_batch(prompts[1], 4, 12, 1.0, 20, seed)
+    run = lambda seed: engine.generate_batch(prompts[1], 4, 12, 1.0, 20, seed=seed)
     assert run(1) == run(1)
     assert run(1) != run(2)
 
@@ -136,7 +136,7 @@ def scripted_rows(monkeypatch, tokenizer, lines, max_tokens=40):
         push(row, sampled if forced else said[id(row)].pop(0), control, tok)
 
     monkeypatch.setattr(module, "push", speak)
-    for _ in module.run_rows(engine, rows, 1, 0.0, None, 0):
+    for _ in module.run_rows(engine, rows, 1, temperature=0.0, top_k=None, seed=0):
         pass
     return rows, pushed
 

@@ -25,7 +25,7 @@ class SlowEngine(Engine):
 
     said = 0
 
-    def generate(self, tokens, num_samples=1, max_tokens=None, *options):
+    def generate(self, tokens, num_samples=1, max_tokens=None, *options, **named):
         for _ in range(max_tokens):
             time.sleep(0.01)
             self.said += 1
@@ -244,7 +244,7 @@ def test_a_full_queue_is_refused():
 
 def test_a_failing_model_ends_the_stream_with_an_error():
     class Broken(Engine):
-        def generate(self, *args):
+        def generate(self, *args, **named):
             yield [self.tokenizer.encode("x")[0]], [1]
             raise RuntimeError("out of memory")
 
