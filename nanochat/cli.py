@@ -138,6 +138,8 @@ def main() -> None:
     if argv[0] in ("-V", "--version", "version"):
         print(f"nanochat {package_version()}")
         return
+    if argv[0] == "base_loss":  # what nanochat calls this part of base_eval
+        argv = ["base_eval", "--core", "none", *argv[1:]]
     name = argv[0].replace("-", "_")
     name = SHORT.get(name, name)
     if name == "download":
