@@ -541,7 +541,7 @@ ELSEWHERE = {
     "resume_from_step": (("-1",), "the same command continues by itself: leave it out"),
     "run": (("dummy",), "use --tracker wandb (or tensorboard, trackio) and --tag"),
     "sample_every": (("-1",), "samples are drawn after training: run base_eval"),
-    "source": ((), "the stage follows from the command; --source-tag picks the model"),
+    "source": (("mid",), "the command decides the stage; --source-tag picks the model"),
     "step": ((), "a stage continues the newest checkpoint of --source-tag"),
     "target_examples_per_step": ((), "use --total-batch-size, in tokens"),
     "target_flops": (("-1", "-1.0"), "use --num-iterations; plan --hours picks a size"),
