@@ -131,5 +131,5 @@ def test_every_command_runs_from_an_empty_folder(traveller):
         assert done.returncode == 0, f"{line}\n{said}"
         assert word in said, f"{line}\n{said}"
         assert str(ROOT) not in said, f"{line}\n{said}"
-    plan = traveller("nanochat plan --gpu h100 --gpus 8 --json")
-    assert json.loads(plan.stdout)
+        if line.endswith("--json"):
+            assert json.loads(done.stdout)["parameters"] > 5e8
