@@ -671,6 +671,10 @@ def run_cli(
     program: str = "",  # as help shall name it; empty: python -m scripts.<stage>
 ) -> None:
     "Parse the command line, run a stage, and turn a user's mistake into one line."
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without UTF-8 shows a question mark for what it lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     program = program or f"python -m scripts.{stage}"
     rank, store = 0, None

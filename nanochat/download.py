@@ -7,7 +7,6 @@ __all__ = ['KeepLinked', 'continue_part', 'verify', 'take_lock', 'locked', 'NotT
 
 # %% ../nbs/appendix_download.ipynb #b9c80227
 import errno
-import fcntl
 import hashlib
 import os
 import random
@@ -24,6 +23,11 @@ from typing import TextIO
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from .common import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # %% ../nbs/appendix_download.ipynb #fb8d0fd6
 class KeepLinked(HTTPRedirectHandler):

@@ -462,6 +462,8 @@ def dial_says(config: GPTConfig, rows: int, *rest) -> dict:
     "What the accounting makes of the same choices."
     micro, ranks, value_bytes, _ = rest
     parameters, flops = parameter_counts(config), flops_per_token(config)
+    # The dial offers no design with it.
+    assert parameters.pop("smear_gate") == 0
     total, seen = parameters["total"], config.sequence_len
     windows = [min(config.window(i) or seen, seen) for i in range(config.n_layer)]
     return {

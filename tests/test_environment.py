@@ -62,6 +62,16 @@ def imported():
         import_module(command.module)
 
 
+def without_account() -> None:
+    "Let this process belong to a user without an entry in the password file."
+    import pwd
+
+    def unknown(uid: int):
+        raise KeyError(uid)
+
+    pwd.getpwuid = unknown
+
+
 def in_a_fork(argv: list[str], change: dict, folder: Path) -> tuple[int, str]:
     "Run `nanochat ARGV` in a changed environment; return exit code and output."
     out = folder / "out.txt"
@@ -81,6 +91,8 @@ def in_a_fork(argv: list[str], change: dict, folder: Path) -> tuple[int, str]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value.replace("BASE", str(folder))
+            if "HOME" in change and change["HOME"] is REMOVE:
+                without_account()
             encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
             sys.stdout = open(1, "w", encoding=encoding, errors="strict")
             sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace")
