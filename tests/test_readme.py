@@ -13,6 +13,10 @@ from nanochat.common import parse_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+APPENDIX = json.loads((ROOT / "nbs/appendix_commands.ipynb").read_text("utf-8"))
+PROSE = [
+    "".join(c["source"]) for c in APPENDIX["cells"] if c["cell_type"] == "markdown"
+]
 ROWS = {
     "sums, with the calculator": "Arithmetic",
     "capitals in a new wording": "Capitals",
@@ -59,12 +63,15 @@ def test_links_lead_to_files(file):
 
 
 def test_commands_and_their_options_exist(monkeypatch):
-    lines = re.findall(r"`(nanochat \w[^`]*)`", README)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+    text = "\n\n".join([README, *PROSE])
+    lines = re.findall(r"`(nanochat \w[^`\n]*)`", README)
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         lines += [x for x in block.splitlines() if x.startswith("nanochat ")]
-    assert len(lines) > 8
+    assert len(lines) > 20
     for line in lines:
         name, *words = shlex.split(line, comments=True)[1:]
+        if name == "download":
+            continue  # its options are those of `python -m nanochat.dataset`
         command = COMMANDS[SHORT.get(name, name)]
         kind = getattr(import_module(command.module), command.config)
         monkeypatch.setenv("NANOCHAT_PRESET", "cpu")
