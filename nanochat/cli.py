@@ -143,6 +143,8 @@ def main() -> None:
     if argv[0] in ("-V", "--version", "version"):
         print(f"nanochat {package_version()}")
         return
+    if argv[0] == "base_loss":  # what nanochat calls this part of base_eval
+        argv = ["base_eval", "--core", "none", *argv[1:]]
 
     # A command, by any of its names.
     name = argv[0].replace("-", "_")

@@ -331,10 +331,20 @@ def main() -> None:
         description="Download training text and the validation shard.",
     )
     parser.add_argument(
-        "-n", "--num-shards", type=int, default=8, help="training shards; -1: all"
+        "-n",
+        "--num-shards",
+        "--num-files",
+        type=int,
+        default=8,
+        help="training shards; -1: all",
     )
     parser.add_argument(
-        "-w", "--workers", type=int, default=4, help="parallel connections"
+        "-w",
+        "--workers",
+        "--num-workers",
+        type=int,
+        default=4,
+        help="parallel connections",
     )
     parser.add_argument(
         "-u", "--urls", default="", help="mirrors to download from, separated by commas"
