@@ -750,6 +750,10 @@ def run_cli(
         if not values.get("json"):  # a program reads what is printed
             print0(f"{stage}: " + " ".join(f"{k}={v}" for k, v in values.items()))
         main(config)
+    except BrokenPipeError:
+        # Whoever read the output, `head` for instance, has had enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except KeyboardInterrupt:
         if rank == 0:
             console.print(f"\n{stage}: stopped; run the same command again to continue")

@@ -172,6 +172,17 @@ def test_an_unwritable_folder(tmp_path):
     assert code in (0, 2) and "Traceback" not in said
 
 
+def test_a_reader_that_has_had_enough():
+    "`nanochat plan | head -1` is no error."
+    command = [sys.executable, "-m", "nanochat", "plan", "--gpu=h100", "--gpus=8"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.close()
+    said = child.stderr.read()
+    assert child.wait() == 0 and said == ""
+
+
 def test_scripts_and_commands_are_the_same():
     "scripts/X.py and `nanochat X` call one function with one config."
     for name, command in COMMANDS.items():
