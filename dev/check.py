@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -307,6 +308,94 @@ def sizes() -> dict[str, tuple[int, int]]:
     return table | {"all but tests": tuple(map(sum, zip(*shipped)))}
 
 
+# ---- Can it be read?
+
+LONGEST = 30  # lines of a function's body
+MOST_PARAMETERS = 5  # that may be given by position
+# Signatures that somebody else fixed.
+FIXED_SIGNATURES = {
+    ("attention", "KVCache.__init__"): "nanochat's",
+    ("attention", "BlockAttention.forward"): "of an autograd.Function",
+    ("head", "LinearCrossEntropy.forward"): "of an autograd.Function",
+    ("download", "KeepLinked.redirect_request"): "of the standard library",
+}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    "Yield every function with its name, that of its class in front."
+    for node in ast.iter_child_nodes(tree):
+        name = f"{outer}{getattr(node, 'name', '')}"
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, node
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from functions(node, f"{name}.")
+        else:
+            yield from functions(node, outer)
+
+
+def body_lines(node: ast.FunctionDef) -> int:
+    "Count the lines of a function's body, its docstring left out."
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def positional(node: ast.FunctionDef) -> int:
+    "Count the parameters that may be given by position."
+    names = [p.arg for p in [*node.args.posonlyargs, *node.args.args]]
+    return len([name for name in names if name not in ("self", "cls", "ctx")])
+
+
+def is_packed(node: ast.AST) -> bool:
+    "Recognize two statements in one: a tuple of names = a tuple of unrelated values."
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+        return False
+    if not isinstance(node.targets[0], ast.Tuple):
+        return False
+    values = node.value.elts
+    plain = all(isinstance(v, (ast.Name, ast.Attribute, ast.Constant)) for v in values)
+    calls = [v for v in values if isinstance(v, ast.Call)]
+    alike = (
+        {ast.unparse(v.func) for v in calls},
+        {", ".join(map(ast.unparse, v.args)) for v in calls},
+    )
+    # A swap, two attributes, or one function of two things are pairs that belong together.
+    together = len(calls) == len(values) and 1 in map(len, alike)
+    return not (plain or together)
+
+
+def habits(module: str, tree: ast.AST) -> list[str]:
+    "Return what makes a module hard to read."
+    problems = []
+    for name, node in functions(tree):
+        if (lines := body_lines(node)) > LONGEST:
+            problems.append(f"{module}.{name}: {lines} lines, {LONGEST} at most")
+        count = positional(node)
+        if count > MOST_PARAMETERS and (module, name) not in FIXED_SIGNATURES:
+            problems.append(f"{module}.{name}: {count} positional parameters")
+    for node in ast.walk(tree):
+        place = f"{module}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            problems.append(f"{place}: a lambda with a name: use def")
+        if is_packed(node):
+            problems.append(f"{place}: two statements in one: {ast.unparse(node)}")
+        if isinstance(node, COMPREHENSIONS):
+            inner = [x for x in ast.walk(node) if isinstance(x, COMPREHENSIONS)]
+            if len(inner) > 1:
+                problems.append(f"{place}: a comprehension inside another")
+    return problems
+
+
+def code_is_unfolded() -> list[str]:
+    "Functions are short, take few parameters, and say one thing at a time."
+    problems = []
+    for module, file in modules().items():
+        problems += habits(module, ast.parse(file.read_text("utf-8")))
+    for file in sorted((ROOT / "scripts").glob("*.py")):
+        problems += habits(f"scripts/{file.stem}", ast.parse(file.read_text("utf-8")))
+    return problems
+
+
 CHECKS = [
     export_is_clean,
     imports_follow_the_chapters,
@@ -315,6 +404,7 @@ CHECKS = [
     every_character_has_a_glyph,
     bibliography_is_sound,
     nothing_of_this_machine,
+    code_is_unfolded,
 ]
 
 

@@ -394,7 +394,8 @@ def find_differences(
     tokenizer: RustBPETokenizer,  # what was understood of it
 ) -> list[str]:  # names of the parts that would give other ids
     "Compare a tokenizer.json with how we would write the same tokenizer."
-    ours, model = hf_tokenizer(tokenizer), record["model"]
+    ours = hf_tokenizer(tokenizer)
+    model = record["model"]
     special = {token["content"]: token["id"] for token in record["added_tokens"]}
     vocab = {t: i for t, i in model["vocab"].items() if t not in special}
     merges = read_merges(model["merges"], vocab)
@@ -451,7 +452,8 @@ def cut_padding(
     config: GPTConfig,
 ) -> dict[str, Tensor]:
     "Drop the rows of the tables that stand for no token."
-    size, cut = config.vocab_size, {}
+    size = config.vocab_size
+    cut = {}
     for name, weight in weights.items():
         table = name.startswith(("transformer.wte.", "lm_head.", "value_embeds."))
         surplus = table and weight.ndim == 2 and len(weight) == padded(size)

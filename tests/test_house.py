@@ -1,5 +1,6 @@
 """The repository as a whole: what `make check` prints, as tests."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -12,6 +13,32 @@ import check
 @pytest.mark.parametrize("rule", check.CHECKS, ids=lambda rule: rule.__name__)
 def test_house(rule):
     assert rule() == []
+
+
+GOLF = {
+    "x = 1\n" * 31: "31 lines, 30 at most",
+    "    # a comment does not count as a body\n    return 0\n": "",
+    "    count, found = 0, []\n": "two statements in one",
+    "    left, right = right, left\n": "",
+    "    low, high = min(xs), max(xs)\n": "",
+    "    total = lambda xs: sum(xs)\n": "a lambda with a name",
+    "    return [[y for y in x] for x in xs]\n": "a comprehension inside another",
+}
+
+
+@pytest.mark.parametrize("body", GOLF)
+def test_what_is_hard_to_read_is_found(body):
+    lines = body if body.startswith(" ") else "    " + body.replace("\n", "\n    ")
+    found = check.habits("module", ast.parse(f"def f(xs):\n{lines}"))
+    assert [GOLF[body] in problem for problem in found] == [True] * bool(GOLF[body])
+
+
+def test_a_signature_of_six_is_found():
+    (found,) = check.habits("m", ast.parse("def f(a, b, c, d, e, g): pass"))
+    assert found == "m.f: 6 positional parameters"
+    assert not check.habits("m", ast.parse("def f(a, b, c, d, e, *, g): pass"))
+    method = "class A:\n    def f(self, a, b, c, d, e): pass"
+    assert not check.habits("m", ast.parse(method))
 
 
 def test_reader_translates_directives():
