@@ -1,11 +1,9 @@
 """Every command under odd environments: it works or says what is wrong, in one line."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -55,77 +53,41 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    "Import what the commands need, so that each fork starts at once."
-    for command in COMMANDS.values():
-        import_module(command.module)
+@pytest.fixture(scope="module")
+def server():
+    "A process that has imported what the commands need, and forks for each."
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "fork_server.py")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield child
+    child.stdin.close()
+    child.wait()
 
 
-def without_account() -> None:
-    "Let this process belong to a user without an entry in the password file."
-    import pwd
+@pytest.fixture
+def in_a_fork(server):
+    "Return a function that runs `nanochat ARGV` in a changed environment."
 
-    def unknown(uid: int):
-        raise KeyError(uid)
+    def run(
+        argv: list[str], change: dict, folder: Path, umask: int = 0o022
+    ) -> tuple[int, str]:
+        out = folder / "out.txt"
+        job = {"argv": argv, "environment": change, "umask": umask}
+        job |= {"folder": str(folder), "out": str(out)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline()), out.read_text(errors="replace")
 
-    pwd.getpwuid = unknown
-
-
-def in_a_fork(argv: list[str], change: dict, folder: Path) -> tuple[int, str]:
-    "Run `nanochat ARGV` in a changed environment; return exit code and output."
-    out = folder / "out.txt"
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.chdir(folder)
-            file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            os.environ.pop("NANOCHAT_PRESET", None)
-            os.environ["NANOCHAT_BASE_DIR"] = str(folder / "base")
-            for name, value in change.items():
-                if value is REMOVE:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value.replace("BASE", str(folder))
-            if "HOME" in change and change["HOME"] is REMOVE:
-                without_account()
-            encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-            sys.stdout = open(1, "w", encoding=encoding, errors="strict")
-            sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace")
-            sys.argv = ["nanochat", *argv]
-            try:
-                from nanochat.cli import main
-
-                main()
-                code = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                code = 1 if isinstance(end.code, str) else end.code or 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    for _ in range(600):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status), out.read_text(errors="replace")
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return 124, out.read_text(errors="replace")
+    return run
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_every_command_works_or_says_why_not(name, tmp_path):
+def test_every_command_works_or_says_why_not(name, tmp_path, in_a_fork):
     wrong = []
     for command in COMMANDS:
         folder = tmp_path / command
@@ -139,13 +101,13 @@ def test_every_command_works_or_says_why_not(name, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [1, 5, 20, 400])
-def test_help_ends_on_any_terminal(columns, tmp_path):
+def test_help_ends_on_any_terminal(columns, tmp_path, in_a_fork):
     for command in COMMANDS:
         code, said = in_a_fork([command, "--help"], {"COLUMNS": str(columns)}, tmp_path)
         assert code == 0 and "--" in said, (command, said[-500:])
 
 
-def test_help_names_the_command_that_was_typed(tmp_path):
+def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     for command in ("plan", "speedrun", "base_train"):
         _, said = in_a_fork([command, "--help"], {}, tmp_path)
         assert said.startswith(f"usage: nanochat {command}"), said[:200]
@@ -156,19 +118,15 @@ def test_help_names_the_command_that_was_typed(tmp_path):
 
 
 @pytest.mark.parametrize("device, why", [("mps", "no such Mac"), ("cuda", "no GPU")])
-def test_a_device_that_is_not_there(device, why, tmp_path):
+def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     argv = ["base_train", "--preset=cpu", f"--device={device}"]
     code, said = in_a_fork(argv, {}, tmp_path)
     assert code == 2 and why in said and "Traceback" not in said
 
 
-def test_an_unwritable_folder(tmp_path):
+def test_an_unwritable_folder(tmp_path, in_a_fork):
     "The umask takes every right away; root may write all the same."
-    before = os.umask(0o777)
-    try:
-        code, said = in_a_fork(["report"], {}, tmp_path)
-    finally:
-        os.umask(before)
+    code, said = in_a_fork(["report"], {}, tmp_path, umask=0o777)
     assert code in (0, 2) and "Traceback" not in said
 
 
