@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat import adamw, checkpoint, gpt, muon, train
 from nanochat.chat_cli import ChatCliConfig
 from nanochat.common import UserError, parse_config, run_cli
-from nanochat.config import BaseConfig, OptimConfig, weight_settings
+from nanochat.config import BaseConfig, OptimConfig, changed_settings
 from nanochat.dataloader import Batch, batches
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import muon_momentum, setup_optimizer
@@ -656,11 +656,12 @@ def test_options_of_the_loop_are_read(monkeypatch):
 
 
 def test_fields_that_came_later_leave_older_runs_what_they_were():
-    old = weight_settings(BaseConfig(tracker="wandb", compile=True, deterministic=True))
-    came_later = {"grad_clip", "dtype", "tracker", "compile", "fp8", "deterministic"}
-    assert not came_later & old.keys()
-    assert weight_settings(BaseConfig(grad_clip=1.0))["grad_clip"] == 1.0
-    assert weight_settings(BaseConfig(dtype="float32"))["dtype"] == "float32"
+    idle = BaseConfig(tracker="wandb", compile=True, deterministic=True)
+    assert changed_settings({}, idle) == {}
+    assert changed_settings({}, BaseConfig(grad_clip=1.0)) == {"grad_clip": (0.0, 1.0)}
+    assert changed_settings({}, BaseConfig(dtype="float32")) == {
+        "dtype": ("", "float32")
+    }
 
 
 def test_plan_matches_published_sizes():
