@@ -771,7 +771,7 @@ def command(script: str, *flags: str) -> str:
 
 def test_e_import_then_chat(home, tmp_path):
     other = nanochat_folder(tmp_path / "nanochat", random_model("mha"))
-    assert "chat_cli" in command("import_model", f"--folder={other}")
+    assert "nanochat chat" in command("import_model", f"--folder={other}")
     assert command("chat_cli", "-p", "hi", "--max-tokens=4", "--temperature=0")
 
 
