@@ -4,7 +4,8 @@
 
 It reads what the build has cached, and finds: errors, tracebacks and warnings, numbers
 that are nan or infinite, paths and addresses of the machine that built the book, and
-numbers in prose that nearly, but not quite, equal a number printed beside them.
+numbers in prose that nearly, but not quite, equal a number printed beside them. The last
+kind is printed for somebody to look at and fails nothing: times come near by accident.
 
 What it cannot see: words ("half", "three of four"), numbers of one or two digits, what a
 figure shows, and a claim about a cell farther away than the paragraph above or below.
@@ -209,6 +210,18 @@ def judge(found: list[Complaint], allowed: dict[tuple[str, str], str]) -> list[s
     return told
 
 
+def in_prose(kind: str) -> bool:
+    "Tell whether a complaint is about a number in prose."
+    # Times differ from run to run and come near to a number in prose by accident, so such
+    # a complaint asks somebody to look; it is no failure.
+    return kind.endswith("in prose")
+
+
+def permissions(prose: bool) -> dict[tuple[str, str], str]:
+    "Return what is allowed of numbers in prose, or of everything else."
+    return {key: why for key, why in ALLOWED.items() if in_prose(key[1]) is prose}
+
+
 def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed notebook
     "Load the book's notebooks with the outputs that Sphinx has cached for them."
     from jupyter_cache import get_cache
@@ -252,10 +265,12 @@ def main() -> int:
         return 1
     book = executed(folder)
     found = [c for name, notebook in book.items() for c in complaints(name, notebook)]
-    told = judge(found, ALLOWED)
+    told = judge([c for c in found if not in_prose(c.kind)], permissions(prose=False))
     print("FAIL" if told else "ok  ", f"outputs of {len(book)} executed notebooks")
     for line in told:
         print("      ", line)
+    for doubt in judge([c for c in found if in_prose(c.kind)], permissions(prose=True)):
+        print("       look at", doubt)
     return min(len(told), 1)
 
 
