@@ -105,7 +105,8 @@ def clean_math(soup, body) -> None:
         number = number.extract().get_text().strip() if number else ""
         formula = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)[1]
         div.clear()
-        div["class"], div["data-no"] = ["equation"], number
+        div["class"] = ["equation"]
+        div["data-no"] = number
         paragraph = soup.new_tag("p")
         paragraph.string = r"\[" + formula.strip().replace(r"\!", "") + r"\]"
         div.append(paragraph)
@@ -144,7 +145,10 @@ def clean(html: str) -> tuple[str, str]:
 
 def modern(line: str) -> str:
     "Rename symbols in a line's formulas."
-    formula = lambda m: functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+
+    def formula(m):
+        return functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+
     return re.sub(r"(?<!\\)\$.+?(?<!\\)\$", formula, line)
 
 
@@ -163,13 +167,17 @@ def to_typst(html: Path) -> tuple[str, list[str]]:
     link = r"#link\(<([^>]*)>\)"
     defined = set(re.findall(r"<([\w.:-]+)>", re.sub(link, "", source)))
     dead = sorted({name for name in re.findall(link, source) if name not in defined})
-    keep = lambda m: m[0] if m[1] in defined else "#box"
+
+    def keep(m):
+        return m[0] if m[1] in defined else "#box"
+
     return re.sub(link, keep, source), dead
 
 
 def main(source: str, out: str) -> None:
     "Write the PDF; leave what Typst reads beside it."
-    began, pages = time.time(), Path(source)
+    began = time.time()
+    pages = Path(source)
     body, title = clean((pages / "index.html").read_text(encoding="utf-8"))
     work = Path(out).with_suffix(".typst")
     work.mkdir(parents=True, exist_ok=True)

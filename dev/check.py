@@ -48,7 +48,10 @@ def notebooks() -> list[Path]:
 def modules() -> dict[str, Path]:
     "Return the generated modules, `tasks.arc` -> nanochat/tasks/arc.py."
     files = sorted(f for f in PACKAGE.rglob("*.py") if not f.name.startswith("_"))
-    name = lambda f: f.relative_to(PACKAGE).with_suffix("").as_posix()
+
+    def name(f):
+        return f.relative_to(PACKAGE).with_suffix("").as_posix()
+
     return {name(f).replace("/", "."): f for f in files}
 
 
@@ -116,7 +119,9 @@ def imports(file: Path) -> set[str]:
 
 def imports_follow_the_chapters() -> list[str]:
     "A module imports from its own or an earlier chapter, or an appendix; no cycle."
-    problems, graph, home = [], {}, chapters()
+    problems = []
+    graph = {}
+    home = chapters()
     for name, file in modules().items():
         if name not in home:
             problems.append(f"{file.relative_to(ROOT)}: exported by no notebook")
@@ -144,14 +149,18 @@ def imports_follow_the_chapters() -> list[str]:
 
 def every_import_is_declared() -> list[str]:
     "What package and scripts import when they are loaded, a plain install brings along."
-    core = lambda dist: [
-        re.match(r"[\w-]+", requirement)[0].lower()
-        for requirement in metadata.requires(dist) or []
-        if "extra ==" not in requirement
-    ]
+
+    def core(dist):
+        return [
+            re.match(r"[\w-]+", requirement)[0].lower()
+            for requirement in metadata.requires(dist) or []
+            if "extra ==" not in requirement
+        ]
+
     brought = {*core("nanochat")}
     brought |= {name for dist in core("nanochat") for name in core(dist)}
-    ours, problems = {"nanochat", "rustbpe", "scripts"}, []
+    ours = {"nanochat", "rustbpe", "scripts"}
+    problems = []
     homes = metadata.packages_distributions()
     for file in [*modules().values(), *(ROOT / "scripts").glob("*.py")]:
         loaded = ast.parse(file.read_text("utf-8")).body
@@ -208,7 +217,8 @@ def printed(notebook: Path) -> set[str]:
 
 def every_exported_line_is_printed() -> list[str]:
     "What ships is what the book shows: in the built pages, else as the reader gives it."
-    home, problems = chapters(), []
+    home = chapters()
+    problems = []
     seen = {
         stem: printed(ROOT / "nbs" / f"{stem}.ipynb") for stem in set(home.values())
     }
@@ -291,7 +301,8 @@ def sizes() -> dict[str, tuple[int, int]]:
     "Count the lines of each part: those that say something, and all."
     parts = {"package": [], "web page": [], "scripts": [], "crate": [], "tests": []}
     for file in tracked():
-        name, suffix = file.relative_to(ROOT).as_posix(), file.suffix
+        name = file.relative_to(ROOT).as_posix()
+        suffix = file.suffix
         if name.startswith("nanochat/ui/") and suffix in (".html", ".css", ".js"):
             parts["web page"].append(file)
         elif re.match(r"nanochat/.*\.py$", name) and file.name != "_modidx.py":
@@ -302,7 +313,10 @@ def sizes() -> dict[str, tuple[int, int]]:
             parts["crate"].append(file)
         elif re.match(r"(tests|rustbpe/tests)/.*\.(py|rs)$", name):
             parts["tests"].append(file)
-    total = lambda files: tuple(map(sum, zip(*map(lines_of, files)))) or (0, 0)
+
+    def total(files):
+        return tuple(map(sum, zip(*map(lines_of, files)))) or (0, 0)
+
     table = {part: total(files) for part, files in parts.items()}
     shipped = [count for part, count in table.items() if part != "tests"]
     return table | {"all but tests": tuple(map(sum, zip(*shipped)))}

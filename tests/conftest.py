@@ -14,7 +14,7 @@ if os.environ.get("NANOCHAT_HIDE_POSIX"):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, *before]))
     sys.path.insert(0, folder)
     sys.modules.pop("sitecustomize", None)  # the system's own
-    import sitecustomize
+    import sitecustomize  # noqa: F401 (what it does is done when it is imported)
 
 from itertools import islice
 

@@ -50,7 +50,10 @@ def nothing_remembered():
 
 def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    shape = lambda t, h: torch.randn(rows, t, h, 8, generator=g).to(dtype)
+
+    def shape(t, h):
+        return torch.randn(rows, t, h, 8, generator=g).to(dtype)
+
     return shape(queries, heads), shape(keys, kv_heads), shape(keys, kv_heads)
 
 
@@ -140,7 +143,10 @@ def test_kernels_of_this_machine_equal_the_twin(name, window, dtype, monkeypatch
         inputs = qkv(2, 70, 70, *heads, dtype=dtype)
         if name and misfit(name, *inputs[:2], window if window < 70 else 0):
             continue
-        f = lambda q, k, v: attend(q, k, v, None, window, scale=0.3, kernel=name)
+
+        def f(q, k, v):
+            return attend(q, k, v, None, window, scale=0.3, kernel=name)
+
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.3), inputs)
         close(graded(f, inputs), twin, dtype)
         if heads == (4, 2):
@@ -162,7 +168,8 @@ class FlashOnCPU:
     "What stands behind `varlen_attn`, for rows laid end to end, on the CPU."
 
     def __init__(self):
-        self.library, self.calls = torch.library.Library("aten", "IMPL"), []
+        self.library = torch.library.Library("aten", "IMPL")
+        self.calls = []
         self.library.impl("_flash_attention_forward", self.forward, "CPU")
         self.library.impl("_flash_attention_backward", self.backward, "CPU")
 
@@ -216,7 +223,10 @@ def test_varlen_equals_the_twin(queries, window, flash_on_cpu, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     for heads in SHARES:
         inputs = qkv(3, queries, 40, *heads, dtype=bf16)
-        f = lambda q, k, v: KERNELS["varlen"](q, k, v, window, 0.3)
+
+        def f(q, k, v):
+            return KERNELS["varlen"](q, k, v, window, 0.3)
+
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.3), inputs)
         close(graded(f, inputs), twin, bf16)
         close(graded(compiled(f), inputs), twin, bf16)
@@ -236,7 +246,10 @@ def test_flash3_by_its_package(queries, window, pack, monkeypatch):
     calls = []
     install(monkeypatch, stand_in(calls, pack))
     inputs = qkv(queries=queries, dtype=bf16)
-    f = lambda q, k, v: KERNELS["flash3"](q, k, v, window, 0.2)
+
+    def f(q, k, v):
+        return KERNELS["flash3"](q, k, v, window, 0.2)
+
     twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.2), inputs)
     close(graded(f, inputs), twin, bf16)
     assert calls == [(True, (window - 1, 0) if window else (-1, -1))]
@@ -252,7 +265,9 @@ def pretend_activation(monkeypatch, known: tuple[str, ...]):
             raise RuntimeError("does not expose its kernels")
         active[0] = version
 
-    put = lambda name, value: monkeypatch.setattr(ATTENTION, name, value, raising=False)
+    def put(name, value):
+        return monkeypatch.setattr(ATTENTION, name, value, raising=False)
+
     put("activate_flash_attention_impl", activate)
     put("current_flash_attention_impl", lambda: active[0])
     put("restore_flash_attention_impl", lambda: active.__setitem__(0, None))
@@ -267,7 +282,10 @@ def test_flash3_through_pytorch(flash_on_cpu, monkeypatch):
     install(monkeypatch, lambda *args, **options: 1 / 0)
     inputs = qkv(queries=40, keys=40, dtype=bf16)
     for window in (0, 5):
-        f = lambda q, k, v: KERNELS["flash3"](q, k, v, window)  # noqa: B023
+        # noqa: B023
+        def f(q, k, v):
+            return KERNELS["flash3"](q, k, v, window)
+
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window), inputs)  # noqa: B023
         close(graded(f, inputs), twin, bf16)
         close(graded(compiled(f), inputs), twin, bf16)
@@ -286,7 +304,8 @@ def test_flash3_whose_package_pytorch_cannot_use(monkeypatch):
 
 
 def test_flash4_through_pytorch(monkeypatch):
-    active, inputs = pretend_activation(monkeypatch, ("FA4",)), qkv(dtype=bf16)
+    active = pretend_activation(monkeypatch, ("FA4",))
+    inputs = qkv(dtype=bf16)
     y = KERNELS["flash4"](*inputs)
     close([y], [attend_plainly(*inputs)], bf16)
     assert active == ["FA4"]
@@ -487,7 +506,8 @@ def test_heads_are_copied_where_the_kernel_cannot_share_them(monkeypatch):
 @old_fakes
 def test_cudnn_is_asked_first_and_only_for_training(monkeypatch):
     gpu_of_air(monkeypatch, 9)
-    calls, orders = recorded(monkeypatch), []
+    calls = recorded(monkeypatch)
+    orders = []
     ask = F.scaled_dot_product_attention
 
     def noting(*args, **options):
@@ -532,7 +552,10 @@ def test_what_only_a_gpu_reaches_is_one_graph_too(monkeypatch, capsys):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     kernels = torch.nn.attention.SDPBackend
     kept = [kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
-    narrowed = lambda q, plan: torch.nn.attention.sdpa_kernel(kept)
+
+    def narrowed(q, plan):
+        return torch.nn.attention.sdpa_kernel(kept)
+
     monkeypatch.setattr(attention, "pytorch_choice", narrowed)
 
     def f(q, k, v):
@@ -559,7 +582,8 @@ def test_a_window_over_all_keys_is_none(monkeypatch):
 def test_all_layers_can_be_told_which_kernel_to_use(monkeypatch):
     config = GPTConfig(n_embd=64, n_head=4, n_kv_head=2)
     model = torch.nn.ModuleList(CausalSelfAttention(config, i) for i in range(2))
-    x, tables = torch.randn(1, 9, 64), precompute_rotary(9, 16)
+    x = torch.randn(1, 9, 64)
+    tables = precompute_rotary(9, 16)
     free = [layer(x, *tables) for layer in model]
     for name in ("twin", "mask", "sdpa", "blocks", ""):
         set_kernel(model, name)

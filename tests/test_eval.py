@@ -83,16 +83,23 @@ def test_bpb_by_hand_with_masked_and_special_targets():
     sizes = torch.tensor([3, 1, 0])  # two text tokens and a special one
     nats = torch.tensor([[2.0, 0.5, 7.0, 11.0]])
     targets = torch.tensor([[0, 1, 2, -1]])
-    model = lambda inputs, targets, loss_reduction: nats
+
+    def model(inputs, targets, loss_reduction):
+        return nats
+
     bits = evaluate_bpb(model, iter([Batch(targets, targets)]), 1, sizes)
     assert bits == pytest.approx(2.5 / math.log(2) / 4)
     nothing = Batch(targets[:, 2:], targets[:, 2:])
-    model = lambda inputs, targets, loss_reduction: nats[:, 2:]
+
+    def model(inputs, targets, loss_reduction):
+        return nats[:, 2:]
+
     assert evaluate_bpb(model, iter([nothing]), 1, sizes) == math.inf
 
 
 def test_bpb_weights_tokens_not_batches():
-    sizes, generator = TOKENIZER.token_bytes(), torch.Generator().manual_seed(1)
+    sizes = TOKENIZER.token_bytes()
+    generator = torch.Generator().manual_seed(1)
     model = tiny_model()
     ids = torch.randint(256, (6, 17), generator=generator)
     whole = [Batch(ids[:, :-1], ids[:, 1:])]
@@ -117,7 +124,8 @@ def test_bigram_is_what_counting_gives():
 
 
 def test_bigram_beats_unigram_on_text_and_never_sees_validation():
-    train, val = ["the cat sat on the mat. " * 20] * 9, ["the cat sat on the rat. "]
+    train = ["the cat sat on the mat. " * 20] * 9
+    val = ["the cat sat on the rat. "]
     bits = bigram_bpb(TOKENIZER, train, val)
     assert 0 < bits < 3
     ids = torch.tensor(TOKENIZER.encode(train[0]))
@@ -198,10 +206,13 @@ def core_tasks():
 
 def slowly(model, text, scored):
     "Mean nats of the last `scored` bytes of a text, one token at a time."
-    ids, total, exact = TOKENIZER.encode(text, prepend="<|bos|>"), 0.0, True
+    ids = TOKENIZER.encode(text, prepend="<|bos|>")
+    total = 0.0
+    exact = True
     for i in range(len(ids) - scored, len(ids)):
         row = model(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)
-        total, exact = total - row[ids[i]].item(), exact and row.argmax() == ids[i]
+        total = total - row[ids[i]].item()
+        exact = exact and row.argmax() == ids[i]
     return total / scored, bool(exact)
 
 
@@ -218,7 +229,8 @@ def by_hand(model, task):
     for i in order:
         others = [j for j in range(len(task.items)) if j != i]
         shown = core_eval.random.Random(1234 + i).sample(others, task.num_fewshot)
-        item, solved = task.items[i], ""
+        item = task.items[i]
+        solved = ""
         for j in shown:
             x = task.items[j]
             if task.kind == "multiple_choice":
@@ -257,7 +269,8 @@ def by_hand(model, task):
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("seed", range(3))
 def test_core_equals_brute_force(which, seed):
-    model, task = tiny_model(seed), core_tasks()[which]
+    model = tiny_model(seed)
+    task = core_tasks()[which]
     assert evaluate_task(model, TOKENIZER, task) == by_hand(model, task)
 
 
@@ -486,7 +499,8 @@ class Letters(ChoiceTask):
 
     def __init__(self):
         Task.__init__(self)
-        self.rows, self.order = [{"q": "x" * (3 * i + 1)} for i in range(9)], range(9)
+        self.rows = [{"q": "x" * (3 * i + 1)} for i in range(9)]
+        self.order = range(9)
 
     def parse(self, row):
         return row["q"], ["A", "B", "C"], ["one", "two", "three"], "B"
@@ -496,9 +510,14 @@ def test_exams_make_logits_for_the_wanted_positions_only():
     rows = 20_000  # of the head, nearly all of them padding
     model = GPT(GPTConfig(128, V, 1, 2, 1, 32, pad_vocab_to=rows))
     model.init_weights(0)
-    task, row = Letters(), 4 * rows  # bytes of the logits of one position
+    # bytes of the logits of one position
+    task = Letters()
+    row = 4 * rows
     task.rows = [{"q": "x" * 300}] * 9  # prompts that fill the context
-    grade = lambda: grade_categorical(task, range(9), TOKENIZER, model)
+
+    def grade():
+        return grade_categorical(task, range(9), TOKENIZER, model)
+
     assert peak_bytes(grade) < 2 * 9 * row + 2**22
     spans = [Span([5] * 128, 125, 128)] * 9
     assert peak_bytes(lambda: score_spans(model, spans)) < 5 * 9 * 3 * row + 2**22
@@ -536,7 +555,10 @@ class Scripted:
 
     def generate_many(self, prompts, max_tokens, temperature, top_k, seed, num_samples):
         text = TOKENIZER.encode(self.reply)
-        row = lambda p: types_row(p, text)
+
+        def row(p):
+            return types_row(p, text)
+
         return [row(p) for p in prompts for _ in range(num_samples)]
 
 

@@ -74,7 +74,10 @@ def test_the_reason_of_a_failure_is_one_line(unsafe):
 
 def test_limits_of_a_program(unsafe, monkeypatch):
     monkeypatch.setenv("SECRET", "42")
-    run = lambda program, **more: execute_code(program, unsafe=unsafe, **more)
+
+    def run(program, **more):
+        return execute_code(program, unsafe=unsafe, **more)
+
     seen = run("import os; print(os.environ.get('SECRET'), os.getcwd())")
     assert seen.success and seen.stdout.startswith("None /")
     assert run("while True: pass", timeout=0.5).timeout

@@ -115,7 +115,8 @@ def test_the_norm_is_that_of_all_ranks_together(saved, world):
 
 @pytest.mark.parametrize("world", ["2clipped", "4clipped"])
 def test_ranks_clip_like_one_rank(saved, world):
-    plain, clipped = saved["1"][0]["model"], saved["1clipped"][0]["model"]
+    plain = saved["1"][0]["model"]
+    clipped = saved["1clipped"][0]["model"]
     assert any((plain[k] - clipped[k]).abs().max() > 1e-3 for k in plain)
     for record in saved[world]:
         for name, value in clipped.items():
@@ -177,7 +178,8 @@ def test_fifty_steps_of_a_gpt_end_in_the_same_weights(tmp_path, ranks, padding):
     one, *more = train_on_ranks(tmp_path, ranks, padding)
     assert one["loss"][1] < one["loss"][0] / 2  # it learnt
     for row in more:
-        world, state = row["ranks"], row["state_bytes"]
+        world = row["ranks"]
+        state = row["state_bytes"]
         assert row["largest_difference"] < 1e-5 and row["ranks_agree_bit_for_bit"]
         assert row["loss"] == one["loss"]
         assert sum(row["matrices"]) == 3 * 6

@@ -93,7 +93,10 @@ def test_trackio_works_offline(tmp_path):
 
 def test_a_tracker_that_is_missing_or_unknown(monkeypatch, tmp_path):
     real = importlib.util.find_spec
-    missing = lambda name, *more: None if name == "wandb" else real(name, *more)
+
+    def missing(name, *more):
+        return None if name == "wandb" else real(name, *more)
+
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(UserError, match=r"pip install wandb.*nanochat\[trackers\]"):
         write("tensorboard,wandb")

@@ -84,7 +84,9 @@ def test_what_the_wheel_holds(wheel):
 def traveller(wheel, tmp_path_factory):
     "Run a command of the installed wheel, far from the checkout."
     there = tmp_path_factory.mktemp("far away")
-    site, home, place = there / "site", there / "home", there / "place"
+    site = there / "site"
+    home = there / "home"
+    place = there / "place"
     home.mkdir()
     place.mkdir()
     options = ["--no-deps", "--no-index", "--quiet", "--target", str(site), str(wheel)]

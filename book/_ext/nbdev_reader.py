@@ -27,7 +27,8 @@ TAGS = {
 
 def split_directives(source: str) -> tuple[dict[str, str], str]:
     "Return the `#|` lines at the top of a cell as a dict, and the code below them."
-    lines, found = source.split("\n"), {}
+    lines = source.split("\n")
+    found = {}
     while lines and (match := DIRECTIVE.match(lines[0])):
         value = match[2]
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":

@@ -46,7 +46,8 @@ def step(model: GPT, optimizer: Optimizers, batches, scale: Scale, mode: str) ->
     alarm(scale, mode)
     try:
         micro = [next(batches) for _ in range(2)]
-        loss, norm = accumulate(model, micro), optimizer.grad_norm()
+        loss = accumulate(model, micro)
+        norm = optimizer.grad_norm()
         alarm(scale, "default")
         torch.stack([loss, norm]).tolist()
         alarm(scale, mode)
@@ -60,7 +61,8 @@ def syncs(scale: Scale, report: Report) -> None:
     "Take steps with the alarm on, then look for copies beside kernels in a trace."
     require_bf16(scale)
     model = large_model(depth_20(scale, 4), scale)
-    optimizer, batches = setup_optimizer(model), prefetch(stream(model, scale))
+    optimizer = setup_optimizer(model)
+    batches = prefetch(stream(model, scale))
     for _ in range(2):
         step(model, optimizer, batches, scale, "default")
     # "warn" tells of every place, "error" of the first, but of that with certainty.

@@ -4,10 +4,10 @@
 
 Python imports this file by itself, in the test runner and in every process that a test
 starts, where its folder is on PYTHONPATH; tests/conftest.py sees to that. Only code of
-the package and of scripts/ is deceived: PyTorch, pytest and the standard library chose
-their code for this system when they were installed, and would break.
+the package, of scripts/ and of tests/ is deceived: PyTorch, pytest and the standard
+library chose their code for this system when they were installed, and would break.
 
-What is different for the package:
+What is different for ours:
 - modules: `fcntl`, `resource`, `termios`, `pwd`, `grp` and `readline` do not exist;
 - names: `os.sysconf`, `os.fork`, `signal.SIGKILL` and their like do not exist, `os.name`
   is "nt" and `sys.platform` "win32";
@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = (f"{ROOT / 'nanochat'}{os.sep}", f"{ROOT / 'scripts'}{os.sep}")
+OURS = tuple(f"{ROOT / part}{os.sep}" for part in ("nanochat", "scripts", "tests"))
 
 NO_MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline"}
 NO_NAMES = {
@@ -80,16 +80,18 @@ class Without(ModuleType):
 
     def __dir__(self) -> list[str]:
         missing = object.__getattribute__(self, "_missing")
-        return [n for n in dir(object.__getattribute__(self, "_real")) if n not in missing]
+        return [
+            n for n in dir(object.__getattribute__(self, "_real")) if n not in missing
+        ]
 
 
 def is_ours(file: str | None) -> bool:
-    "Tell whether code of the package or of scripts/ stands in a file."
+    "Tell whether a file holds code of the repository."
     return bool(file) and file.startswith(OURS)
 
 
 def called_by_us(depth: int) -> bool:
-    "Tell whether one of the nearest frames is the package's."
+    "Tell whether one of the nearest frames runs code of the repository."
     frame: FrameType | None = sys._getframe(2)
     for _ in range(depth):
         # These two do on every system what its files allow.
@@ -108,7 +110,7 @@ deceived: dict[str, ModuleType] = {}
 
 
 def import_without(name, globals=None, locals=None, fromlist=(), level=0):
-    "Import as Python does, but give the package the modules of another system."
+    "Import as Python does, but give our code the modules of another system."
     asker = (globals or {}).get("__file__")
     if level or not is_ours(asker):
         return import_module(name, globals, locals, fromlist, level)
@@ -155,7 +157,9 @@ def refuse(event: str, arguments: tuple) -> None:
     if not called_by_us(depth=12):
         return
 
-    paths = [os.fspath(x) for x in arguments[: TAKEN_AWAY.get(event, 1)] if x is not None]
+    paths = [
+        os.fspath(x) for x in arguments[: TAKEN_AWAY.get(event, 1)] if x is not None
+    ]
     if not all(isinstance(path, str) for path in paths):
         return  # a file that is open already, by its number
     if event in ("os.symlink", "os.link"):
@@ -175,7 +179,7 @@ open_file = io.open
 def open_with_newlines(
     file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **rest
 ):
-    "Open a file; write the package's text with the line ends of Windows."
+    "Open a file; write our text with the line ends of Windows."
     written = set(mode) & set("wax+") and "b" not in mode
     if written and newline is None and called_by_us(depth=4):
         newline = "\r\n"
@@ -183,7 +187,7 @@ def open_with_newlines(
 
 
 def hide() -> None:
-    "Deceive the package from now on."
+    "Deceive our code from now on."
     builtins.__import__ = import_without
     builtins.open = io.open = open_with_newlines
     sys.addaudithook(refuse)
