@@ -83,6 +83,8 @@ def clean_code(soup, body) -> None:
     "Give code back as plain text with its language; Typst colours it."
     for block in body.select("div.highlight"):
         classes = block.parent.get("class", [])
+
+        # Sphinx wraps code in the class of its language: `highlight-python`.
         name = next((c[10:] for c in classes if c.startswith("highlight-")), "")
         for number in block.select(".linenos"):
             number.decompose()
@@ -92,6 +94,8 @@ def clean_code(soup, body) -> None:
         code.string = block.get_text().rstrip("\n")
         pre.append(code)
         block.replace_with(pre)
+
+    # Two boxes that the template draws in its own way.
     for caption in body.select(".code-block-caption"):
         caption["class"] = ["lstcap"]
     for cell in body.select("div.cell.tag_exported"):
@@ -182,12 +186,16 @@ def main(source: str, out: str) -> None:
     work = Path(out).with_suffix(".typst")
     work.mkdir(parents=True, exist_ok=True)
     (work / "body.html").write_text(body, encoding="utf-8")
+
+    # The pages are kept beside the PDF, for when Typst complains about a line.
     typ, dead = to_typst(work / "body.html")
     if (pages / "_images").is_dir():
         shutil.copytree(pages / "_images", work / "_images", dirs_exist_ok=True)
     template = (HERE / "pdf.typ").read_text(encoding="utf-8")
     template = template.replace("TITLE", title).replace("AUTHOR", AUTHOR)
     (work / "book.typ").write_text(template + typ, encoding="utf-8")
+
+    # The fonts of the book alone: the same pages on every machine.
     fonts = [str(HERE / "fonts")]
     try:
         file = str(work / "book.typ")

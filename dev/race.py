@@ -119,6 +119,7 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
     wall = 0.0
     stream = batches(tokenizer, "train", recipe["rows"], T, cpu, data="embedded")
 
+    # The same text at every measurement: a new stream starts at its beginning.
     def held_out() -> float:
         text = batches(tokenizer, "val", 8, T, cpu, data="embedded")
         with torch.inference_mode():
@@ -127,6 +128,8 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
     for step in range(recipe["steps"]):
         if recipe.get("curve") and step % CURVE == 0:
             curve.append([step, held_out()])
+
+        # Processor seconds: the machine may do something else meanwhile.
         begun = time.process_time()
         watch = time.perf_counter()
         loss = accumulate(model, [next(stream)])
@@ -152,11 +155,15 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
         row = json.loads(line)
         if wanted.items() <= row.items():
             return row
+
+    # A process of its own, so that no run finds the memory or threads of another.
     job = [sys.executable, __file__, "--job", json.dumps(wanted), "--work", str(work)]
     out = subprocess.run(job, env=ONE_THREAD, capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     row = wanted | json.loads(out.stdout.splitlines()[-1])
+
+    # Kept at once: who stops the race loses one run.
     with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
@@ -196,8 +203,12 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
             accumulate(model, [Batch(ids[:, :-1], ids[:, 1:])])
             optimizer.step(*rates(turn))
             optimizer.zero_grad()
+
+            # The first turn makes states and buffers: it does not count.
             if turn:
                 seconds[name].append(time.process_time() - begun)
+
+    # Ratios of one turn: what slows the machine slows both.
     facts = {}
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds["AdamW"]))
@@ -230,6 +241,8 @@ def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
 
     def one(job: tuple) -> dict:
         name, share, seed = job
+
+        # As many steps as fit into a share of the time that AdamW takes.
         steps = int(share * STEPS / speed[name]["of AdamW's"])
         recipe = RECIPES[name] | {"steps": STEPS if name in rates else steps}
         if name in rates:

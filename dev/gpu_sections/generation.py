@@ -262,8 +262,8 @@ def transformers_batches(
     model: GPT, batches: tuple[int, ...], context: int, place: tuple
 ) -> None:
     "Let transformers continue the same prompts with the same weights."
-    (scale, report) = place
-    count = place[0].pick(32, 3)
+    scale, report = place
+    count = scale.pick(32, 3)
     if not (theirs := transformers_model(model, scale)):
         report.note(transformers="not installed, or older than 5")
         return

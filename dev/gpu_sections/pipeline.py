@@ -33,7 +33,7 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
         options |= dict(depth=1, max_seq_len=64, device_batch_size=4, eval_tokens=1024)
         options |= dict(total_batch_size=512, num_iterations=8, compile=False)
         vocab = 400
-        limits = limits | dict(max_chars=50_000, numbers=1)
+        limits |= dict(max_chars=50_000, numbers=1)
     if not (folder / "tokenizer").is_dir():
         train_tokenizer(TokTrainConfig(vocab_size=vocab, **limits))
     options |= dict(seed=seed, device=device, tag=f"seed{seed}", overwrite=True)

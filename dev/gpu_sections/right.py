@@ -94,6 +94,8 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     table = F.embedding(ids, model.transformer.wte.weight)
     x = norm(table.to(model.dtype), c.norm_eps)
     x = start = middle = smear(model, x, ids, None)
+
+    # Layer by layer, with what the middle of the network adds to the end.
     for i, block in enumerate(model.transformer.h):
         x = weigh(model, i, x, start)
         extra = extra_values(model, i, ids)

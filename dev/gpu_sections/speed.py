@@ -203,7 +203,10 @@ def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> second
     parts = dict.fromkeys([*PARTS, "element-wise"], 0.0)
     for kernel, seconds in spent.items():
         words = kernel.lower()
-        found = [part for part, keys in PARTS.items() if any(k in words for k in keys)]
+        found = []
+        for part, keys in PARTS.items():
+            if any(key in words for key in keys):
+                found.append(part)
         if words.startswith("triton_"):  # named after what they were made for
             found = ["matrix products"] if words.startswith("triton_tem") else []
         parts[found[0] if found else "element-wise"] += seconds
