@@ -164,7 +164,21 @@ def compare(ranks: list[dict], first: dict[str, torch.Tensor]) -> dict:
     }
 
 
+def show(rows: list[dict]) -> None:
+    "Print the table."
+    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
+    for row in rows:
+        low = min(row["state_bytes"]) / 1e3
+        high = max(row["state_bytes"]) / 1e3
+        print(
+            f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
+            f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "
+            f"{1e3 * row['seconds_a_step']:9.1f}"
+        )
+
+
 def main() -> None:
+    "Measure, print the table, keep the record."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=50)
@@ -175,15 +189,7 @@ def main() -> None:
     options = parser.parse_args()
     worlds = [int(world) for world in options.ranks.split(",")]
     rows = measure(worlds, options.steps, options.padding, options.dtype)
-    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
-    for row in rows:
-        low = min(row["state_bytes"]) / 1e3
-        high = max(row["state_bytes"]) / 1e3
-        print(
-            f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
-            f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "
-            f"{1e3 * row['seconds_a_step']:9.1f}"
-        )
+    show(rows)
 
     # Only to count its parameters: the ranks made their own.
     model = build(options.padding, torch.float32)

@@ -157,11 +157,10 @@ def refuse(event: str, arguments: tuple) -> None:
     if not called_by_us(depth=12):
         return
 
-    paths = [
-        os.fspath(x) for x in arguments[: TAKEN_AWAY.get(event, 1)] if x is not None
-    ]
-    if not all(isinstance(path, str) for path in paths):
+    paths = [x for x in arguments[: TAKEN_AWAY.get(event, 1)] if x is not None]
+    if any(isinstance(path, (int, bytes)) for path in paths):
         return  # a file that is open already, by its number
+    paths = [os.fspath(path) for path in paths]
     if event in ("os.symlink", "os.link"):
         raise OSError(1, "A required privilege is not held by the client", paths[0])
     if event == "open" and arguments[1] is None and os.path.isdir(paths[0]):
