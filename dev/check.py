@@ -378,8 +378,8 @@ FIXED_SIGNATURES = {
     ("tests/test_attention", "stand_in.flash_attn_func"): "of flash_attn",
     ("tests/test_attention", "FlashOnCPU.forward"): "of an autograd.Function",
     ("tests/test_attention", "FlashOnCPU.backward"): "of an autograd.Function",
+    ("tests/test_head", "plainly"): "of its fast twin",
     ("tests/test_eval", "Scripted.generate_many"): "of the engine",
-    ("tests/test_rl", "roll_out_each"): "of the package",
 }
 # The formatter puts two blanks in front of a comment that follows code.
 COMMENT = re.compile(r"^ *# |  # ", re.M)

@@ -48,13 +48,14 @@ def nothing_remembered():
     forget()
 
 
-def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, dtype=torch.float32):
+def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, *, dtype=torch.float32):
+    "Queries, keys and values of head size 8."
     g = torch.Generator().manual_seed(0)
 
-    def shape(t, h):
-        return torch.randn(rows, t, h, 8, generator=g).to(dtype)
+    def draw(positions: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, positions, heads, 8, generator=g).to(dtype)
 
-    return shape(queries, heads), shape(keys, kv_heads), shape(keys, kv_heads)
+    return draw(queries, heads), draw(keys, kv_heads), draw(keys, kv_heads)
 
 
 def install(monkeypatch, flash3=None):
@@ -173,7 +174,7 @@ class FlashOnCPU:
         self.library.impl("_flash_attention_forward", self.forward, "CPU")
         self.library.impl("_flash_attention_backward", self.backward, "CPU")
 
-    def weights(self, q, k, starts, key_starts, window, scale):
+    def weights(self, q, k, starts, key_starts, *, window, scale):
         "Weights of all queries on all keys, (H, total, total)."
         query_row = torch.bucketize(torch.arange(len(q)), starts, right=True) - 1
         key_row = torch.bucketize(torch.arange(len(k)), key_starts, right=True) - 1
@@ -189,7 +190,7 @@ class FlashOnCPU:
         assert q.shape[1:] == k.shape[1:] and sides[1] == 0
         self.calls.append((T, S, sides))
         scale = options.get("scale") or q.size(-1) ** -0.5
-        w = self.weights(q, k, starts, key_starts, sides, scale)
+        w = self.weights(q, k, starts, key_starts, window=sides, scale=scale)
         y = torch.einsum("hts,shd->thd", w, v.float()).to(q.dtype)
         seed = torch.zeros(2, dtype=torch.uint64)
         return y, torch.zeros(q.size(1), len(q)), seed, seed.clone(), torch.empty(0)
@@ -197,7 +198,7 @@ class FlashOnCPU:
     def backward(self, grad, q, k, v, y, sums, starts, key_starts, *rest, **options):
         sides = options["window_size_left"], options["window_size_right"]
         scale = options.get("scale") or q.size(-1) ** -0.5
-        w = self.weights(q, k, starts, key_starts, sides, scale)
+        w = self.weights(q, k, starts, key_starts, window=sides, scale=scale)
         g = grad.float()
         dw = torch.einsum("thd,shd->hts", g, v.float())
         ds = w * (dw - (w * dw).sum(-1, keepdim=True)) * scale
@@ -266,7 +267,7 @@ def pretend_activation(monkeypatch, known: tuple[str, ...]):
         active[0] = version
 
     def put(name, value):
-        return monkeypatch.setattr(ATTENTION, name, value, raising=False)
+        monkeypatch.setattr(ATTENTION, name, value, raising=False)
 
     put("activate_flash_attention_impl", activate)
     put("current_flash_attention_impl", lambda: active[0])
@@ -282,11 +283,14 @@ def test_flash3_through_pytorch(flash_on_cpu, monkeypatch):
     install(monkeypatch, lambda *args, **options: 1 / 0)
     inputs = qkv(queries=40, keys=40, dtype=bf16)
     for window in (0, 5):
-        # noqa: B023
-        def f(q, k, v):
+
+        def f(q, k, v, window=window):
             return KERNELS["flash3"](q, k, v, window)
 
-        twin = graded(lambda q, k, v: attend_plainly(q, k, v, window), inputs)  # noqa: B023
+        def plain(q, k, v, window=window):
+            return attend_plainly(q, k, v, window)
+
+        twin = graded(plain, inputs)
         close(graded(f, inputs), twin, bf16)
         close(graded(compiled(f), inputs), twin, bf16)
         assert bool(flash_on_cpu.calls) == bool(window)
@@ -470,7 +474,7 @@ def test_heads_are_copied_where_the_kernel_cannot_share_them(monkeypatch):
     gpu_of_air(monkeypatch, 8)
     calls = recorded(monkeypatch)
 
-    def ask(T, S, dtype, window=0, trains=False, ragged=False):
+    def ask(T, S, dtype, *, window=0, trains=False, ragged=False):
         with FakeTensorMode():
             q = torch.empty(2, T, 4, 8, device="cuda", dtype=dtype)
             k = torch.empty(2, S, 2, 8, device="cuda", dtype=dtype)

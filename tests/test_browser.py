@@ -571,13 +571,14 @@ RATES = {
 RAVINE = {"kappa": 25, "steps": 40, "start": [10, 1], "beta2": 0.95, "rates": RATES}
 
 
-def descend(method: str, rate: float, beta: float, kappa: float, steps: int, turn: int):
+def descend(walk: dict, method: str, kappa: float, steps: int, turn: int):
     "The same walk in tensors, with the AdamW and the `lerp` that train the models."
+    rate = walk["rate"]
+    beta = walk["beta"]
     a = math.radians(turn)
+    # Its columns are the ravine's two directions.
     axes = [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
-    axes = torch.tensor(
-        axes, dtype=torch.float64
-    )  # columns: the ravine's two directions
+    axes = torch.tensor(axes, dtype=torch.float64)
     bend = axes @ torch.tensor([1.0, kappa]).double().diag() @ axes.T
     p = axes @ torch.tensor(RAVINE["start"], dtype=torch.float64)
     average = torch.zeros_like(p)
@@ -603,7 +604,7 @@ def check_ravine(page, kappa: int, steps: int, rates: dict, turn: int = 0) -> No
     assert list(shown) == list(RATES)
     for method, walk in shown.items():
         assert [walk["rate"], walk["beta"]] == pytest.approx(rates[method], rel=1e-12)
-        path = descend(method, walk["rate"], walk["beta"], kappa, steps, turn)
+        path = descend(walk, method, kappa, steps, turn)
         seen = torch.tensor(walk["path"], dtype=torch.float64)
         torch.testing.assert_close(seen, path, rtol=1e-6, atol=1e-9)
         loss = (path.square() * torch.tensor([1.0, kappa])).sum(1) / 2
@@ -676,17 +677,23 @@ def test_ravine_widget_by_keyboard(page):
     assert lines.count() == 3
 
 
-def packing_says(lengths: list, T: int, most: int, places: int) -> list:
-    "What ribbon and best fit make of documents of these lengths."
+def ribbon_says(lengths: list, T: int, most: int) -> dict:
+    "What is in the rows that are cut from all documents laid end to end."
     owner = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
     start = {sum(lengths[:i]) for i in range(len(lengths))}
     cut = [owner[at : at + T + 1] for at in range(0, len(owner) - T, T)][:most]
 
-    def parts(ids):
-        return [*zip(*(x.tolist() for x in ids.unique(return_counts=True)))]
-
-    ribbon = [[[i, n, 0] for i, n in parts(ids)] for ids in cut]
+    rows = []
+    for ids in cut:
+        documents, counts = ids.unique(return_counts=True)
+        parts = zip(documents.tolist(), counts.tolist())
+        rows.append([[i, n, 0] for i, n in parts])
     inside = sum(r * T not in start for r in range(len(cut)))
+    return {"rows": rows, "inside": inside}
+
+
+def best_fit_says(lengths: list, T: int, most: int, places: int) -> dict:
+    "What is in the rows that whole documents fill, and what is cropped."
     queue = [*enumerate(lengths)]
     waiting = []
     rows = []
@@ -707,8 +714,13 @@ def packing_says(lengths: list, T: int, most: int, places: int) -> list:
         used = {i: ids.count(i) for i in order}
         rows.append([[i, used[i], lost and lengths[i] - used[i]] for i in order])
     share = cropped / max(1, cropped + len(rows) * (T + 1))
-    fit = {"rows": rows, "cropped": cropped, "share": share}
-    return [{"rows": ribbon, "inside": inside}, fit]
+    return {"rows": rows, "cropped": cropped, "share": share}
+
+
+def packing_says(lengths: list, T: int, most: int, places: int) -> list:
+    "What ribbon and best fit make of documents of these lengths."
+    ribbon = ribbon_says(lengths, T, most)
+    return [ribbon, best_fit_says(lengths, T, most, places)]
 
 
 def test_packing_widget_packs_as_the_loader_does(page):

@@ -211,7 +211,7 @@ def slowly(model, text, scored):
     exact = True
     for i in range(len(ids) - scored, len(ids)):
         row = model(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)
-        total = total - row[ids[i]].item()
+        total -= row[ids[i]].item()
         exact = exact and row.argmax() == ids[i]
     return total / scored, bool(exact)
 
@@ -221,8 +221,33 @@ def shared_start(texts):
     return next(n for n in range(999, -1, -1) if len({t[:n] for t in texts}) == 1)
 
 
+def solved(task, item: dict) -> str:
+    "An item of CORE with its answer."
+    if task.kind == "multiple_choice":
+        return item["query"] + task.delimiter + item["choices"][item["gold"]]
+    if task.kind == "schema":
+        return item["context_options"][1] + task.delimiter + item["continuation"]
+    return item["context"].strip() + task.delimiter + item["continuation"]
+
+
+def scored(task, item: dict) -> list[tuple[str, int]]:
+    "Each text to score, with the length of its end that counts."
+    rest = item.get("continuation", "")
+    if task.kind == "multiple_choice":  # "a longer one" and "ab" share their "a"
+        common = shared_start(item["choices"])
+        begin = item["query"] + task.delimiter
+        return [(begin + choice, len(choice) - common) for choice in item["choices"]]
+    if task.kind == "schema":
+        ends = [c + task.delimiter + rest for c in item["context_options"]]
+        same = shared_start([end[::-1] for end in ends])
+        return [(end, same) for end in ends]
+    text = item["context"].strip() + task.delimiter + rest
+    return [(text, len(task.delimiter + rest))]
+
+
 @torch.no_grad()
 def by_hand(model, task):
+    "Grade every item, one token at a time."
     order = list(range(len(task.items)))
     core_eval.random.Random(1337).shuffle(order)
     right = []
@@ -230,36 +255,8 @@ def by_hand(model, task):
         others = [j for j in range(len(task.items)) if j != i]
         shown = core_eval.random.Random(1234 + i).sample(others, task.num_fewshot)
         item = task.items[i]
-        solved = ""
-        for j in shown:
-            x = task.items[j]
-            if task.kind == "multiple_choice":
-                solved += x["query"] + task.delimiter + x["choices"][x["gold"]]
-            elif task.kind == "schema":
-                solved += x["context_options"][1] + task.delimiter + x["continuation"]
-            else:
-                solved += x["context"].strip() + task.delimiter + x["continuation"]
-            solved += "\n\n"
-        if task.kind == "multiple_choice":  # "a longer one" and "ab" share their "a"
-            common = shared_start(item["choices"])
-            scores = [
-                slowly(
-                    model, solved + item["query"] + task.delimiter + c, len(c) - common
-                )
-                for c in item["choices"]
-            ]
-        elif task.kind == "schema":
-            ends = [
-                c + task.delimiter + item["continuation"]
-                for c in item["context_options"]
-            ]
-            same = shared_start([e[::-1] for e in ends])
-            scores = [slowly(model, solved + e, same) for e in ends]
-        else:
-            text = (
-                solved + item["context"].strip() + task.delimiter + item["continuation"]
-            )
-            scores = [slowly(model, text, len(task.delimiter + item["continuation"]))]
+        before = "".join(solved(task, task.items[j]) + "\n\n" for j in shown)
+        scores = [slowly(model, before + text, n) for text, n in scored(task, item)]
         nats = [s[0] for s in scores]
         exact = task.kind == "language_modeling"
         right.append(scores[0][1] if exact else nats.index(min(nats)) == item["gold"])
@@ -289,7 +286,9 @@ class Fluent:
     def __init__(self, text, sequence_len=128):
         self.ids = TOKENIZER.encode(text)
         self.config = GPTConfig(sequence_len=sequence_len)
-        self.get_device = lambda: torch.device("cpu")
+
+    def get_device(self):
+        return torch.device("cpu")
 
     def hidden(self, idx):
         return idx
@@ -510,9 +509,8 @@ def test_exams_make_logits_for_the_wanted_positions_only():
     rows = 20_000  # of the head, nearly all of them padding
     model = GPT(GPTConfig(128, V, 1, 2, 1, 32, pad_vocab_to=rows))
     model.init_weights(0)
-    # bytes of the logits of one position
     task = Letters()
-    row = 4 * rows
+    row = 4 * rows  # bytes of the logits of one position
     task.rows = [{"q": "x" * 300}] * 9  # prompts that fill the context
 
     def grade():
@@ -555,11 +553,7 @@ class Scripted:
 
     def generate_many(self, prompts, max_tokens, temperature, top_k, seed, num_samples):
         text = TOKENIZER.encode(self.reply)
-
-        def row(p):
-            return types_row(p, text)
-
-        return [row(p) for p in prompts for _ in range(num_samples)]
+        return [types_row(p, text) for p in prompts for _ in range(num_samples)]
 
 
 def types_row(prompt, text):

@@ -119,7 +119,8 @@ def test_gradients_are_those_of_the_rounded_operands():
     y.backward(g)
 
     def value(t, kind):
-        return (lambda q, s: q.float() * s)(*quantize(t.detach(), kind))
+        rounded, scale = quantize(t.detach(), kind)
+        return rounded.float() * scale
 
     x8, w8, g8 = value(x, FORWARD), value(w, FORWARD), value(g, BACKWARD)
     for got, want in ((y, x8 @ w8.T), (x.grad, g8 @ w8), (w.grad, g8.T @ x8)):
@@ -130,7 +131,8 @@ def test_what_is_kept_is_eight_bits_wide():
     kept = []
 
     def pack(t):
-        return kept.append(t) or t
+        kept.append(t)
+        return t
 
     x = numbers(16, 64).bfloat16().requires_grad_()
     weight = numbers(64, 64).requires_grad_()
@@ -199,10 +201,14 @@ def trained(seed: int, eight: bool) -> list[float]:
 
 
 def test_training_stays_within_the_spread_of_seeds():
-    last = {e: [sum(trained(s, e)[-10:]) / 10 for s in range(3)] for e in (False, True)}
-    apart = max(abs(a - b) for a, b in zip(last[True], last[False]))
-    spread = max(last[False]) - min(last[False])
-    assert 0 < apart < spread and max(last[True]) < 3.0 < trained(0, True)[0]
+    def last(seed: int, eight: bool) -> float:
+        return sum(trained(seed, eight)[-10:]) / 10
+
+    plain = [last(seed, False) for seed in range(3)]
+    rounded = [last(seed, True) for seed in range(3)]
+    apart = max(abs(a - b) for a, b in zip(rounded, plain))
+    spread = max(plain) - min(plain)
+    assert 0 < apart < spread and max(rounded) < 3.0 < trained(0, True)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -278,9 +284,7 @@ def test_what_it_adds_to_the_memory_is_planned(base_dir, tiny, monkeypatch):
         "model_config"
     ]
     more = fp8_memory(GPTConfig(**config), tiny["device_batch_size"], 4)
-    # each run asks twice
-    plain = planned[1]
-    eight = planned[3]
+    _, plain, _, eight = planned  # each run asks twice
     assert eight - plain == more > 0
 
 

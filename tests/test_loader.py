@@ -73,10 +73,10 @@ def read(folder, start, step, epoch, epochs=1):
     )
 
 
-def rank_batches(folder, rank, world, streams, shape, cursors=None, **options):
+def rank_batches(folder, rank, world, streams, shape, **options):
     "What `batches` yields on one of several ranks."
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # read at the first next
-    options |= {"num_streams": streams, "cursors": cursors, "data": str(folder)}
+    options |= {"num_streams": streams, "data": str(folder)}
     source = batches(Words(), "train", *shape, CPU, **options)
     while True:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
@@ -219,7 +219,8 @@ def test_a_cursor_continues_exactly(world, data, stop, best_fit, rank):
         for batch in islice(whole, stop * turns):
             cursors[str(batch.stream)] = batch.cursor
         cursors = json.loads(json.dumps(cursors))
-        again = rank_batches(folder, rank, world, streams, shape, cursors, **options)
+        options["cursors"] = cursors
+        again = rank_batches(folder, rank, world, streams, shape, **options)
         for _ in range(12 * turns):
             expected, got = next(whole), next(again)
             assert torch.equal(got.inputs, expected.inputs)

@@ -278,7 +278,7 @@ def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
     assert len(dump["batches"][0]["inputs"]) == 16  # the replies of four prompts
 
 
-def run(model, steps, save=None, start=0, results=None, optimizer=None):
+def run(model, steps, save=None, *, start=0, results=None, optimizer=None):
     engine = Engine(model, TOKENIZER)
     optimizer = optimizer or setup_optimizer(model)
     save = save or (lambda step, results: None)
@@ -308,7 +308,7 @@ def test_resuming_equals_not_stopping(tmp_path):
     path = folder / "step_000002"
     checkpoint.load_training_state(path, fresh, optimizer)
     results = checkpoint.read_meta(path)["results"]
-    resumed = run(fresh, 4, None, 2, results, optimizer)
+    resumed = run(fresh, 4, start=2, results=results, optimizer=optimizer)
     assert (
         resumed["after"] == expected["after"]
         and resumed["before"] == expected["before"]
@@ -357,7 +357,7 @@ def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
         assert sorted(together) == sorted(Questions(range(8), CONFIG).of_step(step))
 
 
-def roll_out_each(engine, task, indices, config, seed, num_samples=0) -> Rollout:
+def roll_out_each(engine, task, indices, config, seed, *, num_samples=0) -> Rollout:
     "Sample for each prompt with a seed of its own, whatever rank it is on."
     parts = [
         roll_out(engine, task, [i], config, i, num_samples=num_samples) for i in indices

@@ -37,8 +37,10 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
 
 
 def test_tensorboard_holds_what_the_log_holds(tmp_path):

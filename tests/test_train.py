@@ -324,7 +324,8 @@ def test_no_garbage_is_collected_in_the_loop(base_dir):
     was = gc.isenabled()
 
     def note(phase, info):
-        return seen.append(info["generation"]) if phase == "start" else 0
+        if phase == "start":
+            seen.append(info["generation"])
 
     def stream():
         for step in range(12):
@@ -607,13 +608,11 @@ def test_another_number_of_ranks_continues_with_the_same_text(
     expected = run_ranks(base_dir, before, tiny, "run")
     last = base_dir / "base_checkpoints" / "run" / "step_000012"
 
-    # stream -> cursor, of all ranks
-    def read():
-        return {  # stream -> cursor, of all ranks
-            k: v
-            for file in last.glob("cursors_*.json")
-            for k, v in json.loads(file.read_text()).items()
-        }
+    def read() -> dict[str, dict]:  # stream -> cursor, of all ranks
+        found = {}
+        for file in last.glob("cursors_*.json"):
+            found |= json.loads(file.read_text())
+        return found
 
     cursors = read()
     shutil.rmtree(last)

@@ -64,13 +64,14 @@ def test_what_the_wheel_holds(wheel):
     unwanted = (
         "_nbdev",
         "_modidx",
+        "__pycache__",
         "tests/",
         "scripts/",
-        "__pycache__",
         "dev/",
         "nbs/",
     )
-    assert [n for n in names if any(word in n for word in unwanted)] == []
+    for word in unwanted:
+        assert [name for name in names if word in name] == [], word
     assert {name.split("/")[0].split("-")[0] for name in names} <= {
         "nanochat",
         "rustbpe",
