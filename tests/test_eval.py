@@ -218,7 +218,10 @@ def slowly(model, text, scored):
 
 def shared_start(texts):
     "Length of the longest common beginning."
-    return next(n for n in range(999, -1, -1) if len({t[:n] for t in texts}) == 1)
+    for n in range(min(map(len, texts)), 0, -1):
+        if len({text[:n] for text in texts}) == 1:
+            return n
+    return 0
 
 
 def solved(task, item: dict) -> str:
