@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from memory import peak_bytes
 
-from nanochat import chat_eval, core_eval, report
+from nanochat import chat_eval, core_eval, execution, report
 from nanochat.base_eval import BaseEvalConfig
 from nanochat.chat_eval import (
     ChatEvalConfig,
@@ -645,7 +645,7 @@ def test_counts_that_examine_nothing_are_refused(
 
 
 def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
-    monkeypatch.setattr(chat_eval, "room_problem", lambda: "no room")
+    monkeypatch.setattr(execution, "room_problem", lambda: "no room")
     with pytest.raises(UserError, match="no room"):
         chat_eval.open_tasks(ChatEvalConfig(tasks="Arithmetic|HumanEval"))
     names = list(chat_eval.open_tasks(ChatEvalConfig()))
@@ -653,7 +653,7 @@ def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
     assert capsys.readouterr().out == "HumanEval is left out: no room\n"
     unsafe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval", unsafe_code=True))
     assert unsafe["HumanEval"].unsafe
-    monkeypatch.setattr(chat_eval, "room_problem", lambda: "")
+    monkeypatch.setattr(execution, "room_problem", lambda: "")
     safe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval"))
     assert not safe["HumanEval"].unsafe
 

@@ -11,15 +11,16 @@ What is different for ours:
 - modules: `fcntl`, `resource`, `termios`, `pwd`, `grp` and `readline` do not exist;
 - names: `os.sysconf`, `os.fork`, `signal.SIGKILL` and their like do not exist, `os.name`
   is "nt" and `sys.platform` "win32";
-- files: one that is open cannot be renamed or removed, a folder cannot be opened, a
-  name cannot hold a colon or end in a dot, links are refused, and text is written with
-  \\r\\n unless the caller says otherwise.
+- files: one that is open cannot be renamed or removed, one that is only read cannot be
+  flushed, a folder cannot be opened, a name cannot hold a colon or end in a dot, links
+  are refused, and text is written with \\r\\n unless the caller says otherwise.
 
 Paths still have slashes, and the default encoding stays: `-X warn_default_encoding` and
 ruff's PLW1514 look for files that are opened without one.
 """
 
 import builtins
+import fcntl
 import io
 import os
 import re
@@ -27,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT / part}{os.sep}" for part in ("nanochat", "scripts", "tests"))
@@ -45,11 +46,18 @@ NO_NAMES = {
         alarm setitimer pause pthread_sigmask sigwait
         """.split(),
     "time": ["tzset", "pthread_getcpuclockid"],
-    "socket": ["AF_UNIX", "socketpair"],
+    "socket": ["AF_UNIX"],
     "sys": [],
 }
-CAREFUL = {shutil.rmtree.__code__.co_filename, tempfile.__file__}
+
+
+def lock(number: int, mode: int, size: int) -> None:
+    "Lock an open file."
+    fcntl.flock(number, fcntl.LOCK_EX)
+
+
 OTHERS = {"os": {"name": "nt"}, "sys": {"platform": "win32"}}
+STAND_INS = {"msvcrt": SimpleNamespace(LK_LOCK=1, locking=lock)}
 
 # Names that no file may have there: devices, odd characters, a dot or blank at the end.
 BAD_NAME = re.compile(r'(?i)(con|nul|aux|prn)(\..*)?$|.*[<>:"|?*\x00-\x1f]|.*[. ]$')
@@ -90,17 +98,14 @@ def is_ours(file: str | None) -> bool:
     return bool(file) and file.startswith(OURS)
 
 
-def called_by_us(depth: int) -> bool:
-    "Tell whether one of the nearest frames runs code of the repository."
+def callers(depth: int) -> list[str]:
+    "Return the files whose code the nearest frames run, the innermost first."
+    found = []
     frame: FrameType | None = sys._getframe(2)
-    for _ in range(depth):
-        # These two do on every system what its files allow.
-        if frame is None or frame.f_code.co_filename in CAREFUL:
-            return False
-        if is_ours(frame.f_code.co_filename):
-            return True
+    while frame is not None and len(found) < depth:
+        found.append(frame.f_code.co_filename)
         frame = frame.f_back
-    return False
+    return found
 
 
 # ---- Modules and names
@@ -118,6 +123,8 @@ def import_without(name, globals=None, locals=None, fromlist=(), level=0):
     base = name.partition(".")[0]
     if base in NO_MODULES:
         raise ModuleNotFoundError(f"No module named {name!r} (it is hidden)", name=name)
+    if name in STAND_INS:
+        return STAND_INS[name]
     found = import_module(name, globals, locals, fromlist, level)
     if name in NO_NAMES:
         return deceived.setdefault(name, Without(found))
@@ -126,8 +133,8 @@ def import_without(name, globals=None, locals=None, fromlist=(), level=0):
 
 # ---- Files
 
-# Events of Python's audit that take a file away, and how many paths each gives.
-TAKEN_AWAY = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1}
+# Events of Python's audit that take a file away.
+TAKEN_AWAY = ("os.rename", "os.remove", "os.rmdir")
 
 
 def is_open(path: str) -> bool:
@@ -150,26 +157,49 @@ def check_name(path: str) -> None:
         raise OSError(22, "Invalid argument (no such name on Windows)", path)
 
 
+def full_path(path: str | os.PathLike, folder: int) -> str:
+    "Return a path that may be relative to an open folder, given by its number."
+    path = os.fspath(path)
+    return path if folder < 0 else f"/proc/self/fd/{folder}/{path}"
+
+
 def refuse(event: str, arguments: tuple) -> None:
     "Raise what Windows would raise, where Python tells that a file is touched."
     if event not in ("open", "os.mkdir", "os.symlink", "os.link", *TAKEN_AWAY):
         return
-    if not called_by_us(depth=12):
+    path = arguments[0]
+    files = callers(depth=12)
+    # `tempfile` does on every system what its files allow.
+    if path is None or isinstance(path, (int, bytes)) or tempfile.__file__ in files:
+        return
+    if not any(map(is_ours, files)):
         return
 
-    paths = [x for x in arguments[: TAKEN_AWAY.get(event, 1)] if x is not None]
-    if any(isinstance(path, (int, bytes)) for path in paths):
-        return  # a file that is open already, by its number
-    paths = [os.fspath(path) for path in paths]
     if event in ("os.symlink", "os.link"):
-        raise OSError(1, "A required privilege is not held by the client", paths[0])
-    if event == "open" and arguments[1] is None and os.path.isdir(paths[0]):
-        raise PermissionError(13, "Permission denied (a folder)", paths[0])
+        raise OSError(1, "A required privilege is not held by the client", path)
+    if event == "open":
+        # `shutil` opens folders, where it can, to delete what is in them.
+        folder = arguments[1] is None and os.path.isdir(path)
+        if folder and shutil.rmtree.__code__.co_filename not in files:
+            raise PermissionError(13, "Permission denied (a folder)", path)
+    paths = [full_path(path, arguments[-1])] if event in TAKEN_AWAY else [path]
+    if event == "os.rename":
+        paths = [os.fspath(path), os.fspath(arguments[1])]
     for path in paths:
         if event in TAKEN_AWAY and os.path.lexists(path) and is_open(path):
             raise PermissionError(13, "It is used by another process", path)
         if event in ("open", "os.mkdir", "os.rename"):
-            check_name(path)
+            check_name(os.fspath(path))
+
+
+flush_file = os.fsync
+
+
+def flush(number: int) -> None:
+    "Force an open file to the disk, if it may be written: Windows refuses any other."
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor (it can only be read)")
+    flush_file(number)
 
 
 open_file = io.open
@@ -180,7 +210,7 @@ def open_with_newlines(
 ):
     "Open a file; write our text with the line ends of Windows."
     written = set(mode) & set("wax+") and "b" not in mode
-    if written and newline is None and called_by_us(depth=4):
+    if written and newline is None and any(map(is_ours, callers(depth=4))):
         newline = "\r\n"
     return open_file(file, mode, buffering, encoding, errors, newline, **rest)
 
@@ -189,6 +219,7 @@ def hide() -> None:
     "Deceive our code from now on."
     builtins.__import__ = import_without
     builtins.open = io.open = open_with_newlines
+    os.fsync = flush
     sys.addaudithook(refuse)
 
 
