@@ -279,8 +279,8 @@ def summarize(
 # %% ../nbs/09_evaluation.ipynb #9cd41963
 def chat_core(
     results: dict[str, dict[str, Any]],  # task name -> result of `run_chat_eval`
-) -> float | None:  # mean centred accuracy; None unless all its tasks ran
-    "ChatCORE: the mean centred accuracy of nanochat's six chat tasks."
+) -> float | None:  # mean centered accuracy; None unless all its tasks ran
+    "ChatCORE: the mean centered accuracy of nanochat's six chat tasks."
     if not set(CHATCORE) <= results.keys():
         return None
     values = [

@@ -261,8 +261,8 @@ def evaluate_core(
     tasks: Sequence[CoreTask],
     max_items: int = -1,  # for each task; -1: all
     report: Callable[[str, dict], None] = lambda label, result: None,  # after each task
-) -> dict[str, Any]:  # {"core": mean centred accuracy, "tasks": {label: {...}}}
-    "Run all tasks; CORE is the plain mean of their centred accuracies."
+) -> dict[str, Any]:  # {"core": mean centered accuracy, "tasks": {label: {...}}}
+    "Run all tasks; CORE is the plain mean of their centered accuracies."
     results = {}
     for task in tasks:
         # One task at a time, so that `report` can speak while the others wait.

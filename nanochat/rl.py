@@ -287,7 +287,7 @@ def describe(
     mixed = (rewards.amax(1) > rewards.amin(1)).sum()
     rows = rewards.numel()
 
-    # Sums can be added over ranks; the shares are computed afterwards.
+    # Sums can be added over ranks; the shares are computed afterward.
     values = (rollout.num_tokens, rows, len(rewards), rewards.sum(), mixed)
     sums = torch.tensor([*values, rollout.ended * rows], device=device)
     if dist.is_initialized():

@@ -52,7 +52,7 @@ def in_test_split(
     b: int,  # second operand
     op: str,  # "+", "-" or "*"
 ) -> bool:  # True for one calculation in ten
-    "Assign a calculation, in either order of its operands, to one split for ever."
+    "Assign a calculation, in either order of its operands, to one split forever."
     key = f"{min(a, b)}{op}{max(a, b)}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % 10 == 0
 
