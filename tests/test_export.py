@@ -291,7 +291,7 @@ def test_b_older_spellings_are_read(copy):
         ({"hidden_size": True}, "no hidden_size"),
         ({"rms_norm_eps": float("nan")}, "no rms_norm_eps"),
         ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
-        ({"hidden_size": 0}, "describes no model"),
+        ({"hidden_size": 0}, "does not describe a valid model"),
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
         ({"intermediate_size": 500}, "intermediate_size=500"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
