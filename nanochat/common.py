@@ -180,6 +180,8 @@ def check_device(
         raise UserError(
             "device mps was requested, but it needs a Mac with Apple silicon: use cpu"
         )
+
+    # A preset made for GPUs, on a CPU only because nothing else was found: a likely slip.
     preset = os.environ.get("NANOCHAT_PRESET", "")
     if preset in NEEDS_GPU and kind != "cuda" and not chosen:
         raise UserError(

@@ -320,7 +320,9 @@ def test_without_bubblewrap_a_program_is_refused(monkeypatch, tmp_path, forget):
 
 def test_a_mac_is_told_to_use_a_container(monkeypatch, forget):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UserError, match=r"only on Linux: use a Linux container.*--unsafe-code"):
+    with pytest.raises(
+        UserError, match=r"only on Linux: use a Linux container.*--unsafe-code"
+    ):
         execute_code("print(1)")
 
 
