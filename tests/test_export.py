@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -767,22 +766,12 @@ def test_d_unknown_sizes_are_refused(tmp_path):
 # ---- (e) the command
 
 
-def command(script: str, *flags: str) -> str:
-    "Run a command as a user does; return what it printed."
-    done = subprocess.run(
-        [sys.executable, "-m", f"scripts.{script}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_e_import_then_chat(home, tmp_path):
+def test_e_import_then_chat(home, tmp_path, command):
     other = nanochat_folder(tmp_path / "nanochat", random_model("mha"))
-    assert "nanochat chat" in command("import_model", f"--folder={other}")
-    assert command("chat_cli", "-p", "hi", "--max-tokens=4", "--temperature=0")
+    done = command("import_model", f"--folder={other}")
+    assert done.returncode == 0 and "nanochat chat" in done.stdout, done.stderr
+    done = command("chat_cli", "-p", "hi", "--max-tokens=4", "--temperature=0")
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_e_another_tokenizer_is_kept(home, folder):
