@@ -16,6 +16,7 @@ __all__ = ['PART_FRAMES', 'check_roles', 'check_content', 'check_conversation', 
 # in the list, from 0. What comes after it (merging, parts, pieces, rendering) relies on
 # that and checks nothing again. A conversation is never changed, and a mask is as long
 # as its ids, 1 where the loss counts.
+import reprlib  # shows a value in a complaint, however long or deep it is
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -40,9 +41,9 @@ def check_roles(
         expected = ("user", "assistant")[(index - start) % 2]
         if message["role"] != expected:
             raise UserError(
-                f"message {index} has role {message['role']!r}, expected {expected!r}: "
-                "user and assistant take turns, the user first; one system message may "
-                "stand before them"
+                f"message {index} has role {reprlib.repr(message['role'])}, expected "
+                f"{expected!r}: user and assistant take turns, the user first; one "
+                "system message may stand before them"
             )
 
 # %% ../nbs/03_tokenization.ipynb #c03a0004
@@ -56,13 +57,13 @@ def check_content(
         return
     if message["role"] != "assistant":
         raise UserError(
-            f"message {index}: content must be a string, got {content!r:.40}; only the "
-            "assistant's may be a list of parts"
+            f"message {index}: content must be a string, got {reprlib.repr(content)}; "
+            "only the assistant's may be a list of parts"
         )
     if not isinstance(content, list):
         raise UserError(
             f"message {index}: content must be a string or a list of parts, got "
-            f"{content!r:.40}"
+            f"{reprlib.repr(content)}"
         )
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -71,7 +72,7 @@ def check_content(
         if not known or not isinstance(part.get("text"), str):
             raise UserError(
                 f"message {index}: a part needs a 'text' string and a 'type' among "
-                f"{', '.join(PART_FRAMES)}, got {part!r:.80}"
+                f"{', '.join(PART_FRAMES)}, got {reprlib.repr(part)}"
             )
 
 # %% ../nbs/03_tokenization.ipynb #5447c73c
@@ -89,7 +90,7 @@ def check_conversation(
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(
                 f"message {index} needs the keys 'role' and 'content', got "
-                f"{message!r:.80}"
+                f"{reprlib.repr(message)}"
             )
 
     check_roles(messages)

@@ -104,7 +104,9 @@ def read_vocabulary(
         raise UserError(f"no tokenizer at {path}: {remedy}") from None
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is not usable ({reason}): {remedy}") from error
+        raise UserError(
+            f"{path} is not usable ({reason}): {remedy} --overwrite"
+        ) from error
 
 # %% ../nbs/03_tokenization.ipynb #dce93c73
 PRETRAINED = {  # name -> file, its sha256, split pattern, special tokens

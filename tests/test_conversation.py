@@ -97,6 +97,24 @@ def test_every_door_refuses_the_same(name, tmp_path, client):
         assert answer.json()["detail"] in refusal(messages)
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_a_complaint_is_short_however_deep_the_fault():
+    for fault in (nested(5000), {"x": nested(5000)}, "x" * 100_000, [3] * 100_000):
+        for messages in (
+            [say("user", fault)] if not isinstance(fault, str) else [fault],
+            [USER, say("assistant", [fault])],
+            [say(fault, "x")],
+            [{"role": fault}],
+        ):
+            assert len(refusal(messages)) < 400
+
+
 def refusal(messages: list) -> str:
     with pytest.raises(UserError) as error:
         check_conversation({"messages": messages})
