@@ -56,6 +56,8 @@ def interview() -> dict:
 def main(target: str) -> None:
     "Collect what the stages saved and logged."
     base = get_base_dir()
+
+    # A stage that was not run has no section, one without a log no curve.
     sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]
     record = {

@@ -81,6 +81,7 @@ def check_conversation(
     last: str | None = None,  # the role that must have the last word; None: either
 ) -> list[dict[str, Any]]:  # its messages, as they are
     "Return a conversation's messages, or say which of them is wrong, and how."
+    # First the shape: without it there are no roles to look at.
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(
@@ -93,6 +94,7 @@ def check_conversation(
                 f"{reprlib.repr(message)}"
             )
 
+    # Then who speaks, and what is said.
     check_roles(messages)
     for index, message in enumerate(messages):
         check_content(message, index)

@@ -152,8 +152,8 @@ def test_any_tokenizer_with_three_methods_will_do():
             return 0
 
     coder: Coder = Letters()
-    user, answer = ("<|user_start|>", "<|user_end|>"), ("<|assistant_start|>",)
-    ids = [0, -len(user[0]), *b"S\n\nU", -len(user[1]), -len(answer[0])]
+    user = [-len("<|user_start|>"), *b"S\n\nU", -len("<|user_end|>")]
+    ids = [0, *user, -len("<|assistant_start|>")]
     assert render_prompt(coder, [SYSTEM, USER]) == ids
     full, mask = render(coder, [SYSTEM, USER, ANSWER])
     assert full == [*ids, *b"A", -len("<|assistant_end|>")]

@@ -24,7 +24,7 @@ class SmolTalk(RowsTask):
         super().__init__("HuggingFaceTB/smol-smoltalk", "data", split, **view)
 
     def get_example(self, index: int) -> dict[str, Any]:
-        "One conversation."
+        "Return one conversation."
         try:
             messages = check_conversation(self.row(index), last="assistant")
         except UserError as error:
