@@ -771,6 +771,30 @@ def test_commands_name_mistakes(tmp_path, monkeypatch):
         tok_eval.compare_tokenizers(tok_eval.TokEvalConfig())
 
 
+def test_another_tokenizer_is_not_replaced_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    small = {"max_chars": 100_000, "numbers": 1}
+
+    def train(**options: object) -> str:  # the fingerprint of what is there afterwards
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(**small, **options))
+        return get_tokenizer().fingerprint()
+
+    first = train(vocab_size=400)
+    file = tmp_path / "tokenizer" / FILE_NAME
+    assert train(vocab_size=400) == first  # the same settings, the same result
+    with pytest.raises(UserError, match=r"holds another .*DIR.*--overwrite"):
+        train(vocab_size=401)
+    assert get_tokenizer().fingerprint() == first
+    second = train(vocab_size=401, overwrite=True)
+    assert second != first
+
+    # What cannot be read may still be somebody's tokenizer.
+    file.write_text(file.read_text().replace("{1,2}", "{1,3}"))
+    with pytest.raises(UserError, match=r"not usable.*--overwrite"):
+        train(vocab_size=401)
+    assert train(vocab_size=401, overwrite=True) == second
+
+
 def test_no_test_file_is_read():
     read = []
     watching = True
