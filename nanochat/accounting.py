@@ -13,11 +13,16 @@ __all__ = ['MATRICES', 'BLOCK', 'parameter_counts', 'flops_per_token', 'decode_f
 # token ids 8. What a training step holds at one time is the largest of three moments
 # (loss, start of the backward pass, update), on one rank, uncompiled. Everything is
 # computed from a GPTConfig; nothing is built, and nothing depends on values.
+from typing import TYPE_CHECKING
+
 from .head import CHUNK, MIN_ROWS
+
+if TYPE_CHECKING:
+    from nanochat.gpt import GPTConfig
 
 # %% ../nbs/04_transformer_architecture.ipynb #85a0ad34
 def parameter_counts(
-    config,  # GPTConfig
+    config: "GPTConfig",
 ) -> dict[str, int]:  # group -> number of parameters, and "total"
     "Count the parameters by group."
     C = config.n_embd
@@ -43,7 +48,7 @@ MATRICES = ("attention", "mlp", "lm_head", "gates", "smear_gate")
 
 
 def flops_per_token(
-    config,  # GPTConfig
+    config: "GPTConfig",
     training: bool = True,  # forward and backward; False: forward only
 ) -> int:  # floating point operations for each token of a full context
     "Estimate the cost of one token (Chowdhery et al., 2022; causality not exploited)."
@@ -55,7 +60,7 @@ def flops_per_token(
 
 # %% ../nbs/04_transformer_architecture.ipynb #1ee0e390
 def decode_flops(
-    config,  # GPTConfig
+    config: "GPTConfig",
     context: int,  # positions that the new token can see, its own included
 ) -> int:
     "Count the operations of one new token with a cache."
@@ -66,7 +71,7 @@ def decode_flops(
 
 
 def prefill_flops(
-    config,  # GPTConfig
+    config: "GPTConfig",
     num_tokens: int,  # length of the prompt
 ) -> int:
     "Count the operations of reading a prompt; what causality forbids is not counted."
@@ -79,7 +84,7 @@ def prefill_flops(
 
 # %% ../nbs/04_transformer_architecture.ipynb #ce4abaff
 def kv_cache_bytes(
-    config,  # GPTConfig
+    config: "GPTConfig",
     batch_size: int = 1,
     seq_len: int | None = None,  # None: the whole context
     bytes_per_value: int = 2,
@@ -96,7 +101,7 @@ BLOCK = 64  # queries that attention on a CPU handles at a time
 
 
 def kept_weights(
-    config,  # GPTConfig
+    config: "GPTConfig",
 ) -> int:  # numbers for each head of each row, all layers together
     "Count the attention weights that a CPU keeps for the backward pass."
     T = config.sequence_len
@@ -110,7 +115,7 @@ def kept_weights(
 
 
 def activation_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_batch_size: int,  # B
     value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
     *,
@@ -149,7 +154,7 @@ def activation_memory(
 
 # %% ../nbs/04_transformer_architecture.ipynb #9abc4464
 def update_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_type: str,  # "cuda" or "cpu"
 ) -> int:  # bytes
     "Count what Muon needs for its largest stack of equal matrices."
@@ -160,7 +165,7 @@ def update_memory(
 
 
 def chunk_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     positions: int,  # of a forward pass
     value_bytes: int,  # of the stream
     device_type: str,  # "cuda" or "cpu"
@@ -173,7 +178,7 @@ def chunk_memory(
 
 
 def training_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_batch_size: int,  # B, sequences for each forward pass
     value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
     world_size: int = 1,  # ranks that share the optimizer state

@@ -25,6 +25,7 @@ __all__ = ['Job', 'count_step', 'adamw_update', 'adamw_fused', 'adamw_rule', 'ra
 # afterwards all ranks hold the same weights; the averages of a part exist on the one rank
 # that updates it (AdamW: blocks of rows, see `own_rows`; Muon: whole matrices, `deal`).
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,16 +125,21 @@ def reduce_scatter(out: Tensor, full: Tensor) -> dist.Work:  # work to wait for
     "Start to sum `full` over the ranks; `out` receives this rank's share of the rows."
     # torch 2.13 renamed both collectives and warns at the old names.
     new = getattr(dist, "reduce_scatter_single", None)
-    return (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
+    work = (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
+    assert work is not None, "it was asked not to wait"
+    return work
 
 # %% ../nbs/07_optimization.ipynb #e395be4f
 def all_gather(out: Tensor, mine: Tensor) -> dist.Work:  # work to wait for
     "Start to collect every rank's `mine`, one below the other, into `out`."
     new = getattr(dist, "all_gather_single", None)
-    return (new or dist.all_gather_into_tensor)(out, mine, async_op=True)
+    work = (new or dist.all_gather_into_tensor)(out, mine, async_op=True)
+    assert work is not None, "it was asked not to wait"
+    return work
 
 # %% ../nbs/07_optimization.ipynb #f500d40b
-Job = Generator[Tensor | None, Tensor | None, None]
+# Gives nothing, then a squared length, then nothing; after the second it is sent a scale.
+Job = Generator[Any, Tensor | None, None]
 
 # %% ../nbs/07_optimization.ipynb #4ac235a9
 def square_length(
@@ -181,6 +187,7 @@ def start_sum(
     world: int,  # ranks
 ) -> tuple[Tensor, dist.Work | None]:  # what will hold the sum; work to wait for
     "Start to sum a gradient over the ranks; this rank receives its rows."
+    assert p.grad is not None, "a parameter without a gradient has no job"
     if rows is not None:
         grad = torch.empty_like(p[rows])
         return grad, reduce_scatter(grad, p.grad.contiguous())
@@ -248,6 +255,7 @@ class AdamW(torch.optim.Optimizer):
             if p.grad is not None
         ]
 
-    def step(self, closure=None) -> None:
+    # torch's own may also take a function that computes the loss, and return that.
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         "Update every parameter that has a gradient."
         run_jobs(self.jobs())

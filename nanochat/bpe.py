@@ -25,7 +25,7 @@ def count_pairs(
     words: dict[tuple[int, ...], int],  # sequence of token ids -> how often it occurs
 ) -> Counter:  # (left id, right id) -> occurrences, overlapping ones included
     "Count every pair of neighbors, weighted by how often its sequence occurs."
-    counts = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     for ids, n in words.items():
         for pair in pairwise(ids):
             counts[pair] += n

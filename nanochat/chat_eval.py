@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -24,7 +24,9 @@ from nanochat.common import (
     print0,
 )
 from .core_eval import centered, gather, refuse_nan
+from .engine import Engine
 from .execution import room_problem
+from .gpt import GPT
 from .tasks.arc import ARC
 from .tasks.arithmetic import Arithmetic
 from .tasks.common import Task
@@ -33,6 +35,9 @@ from .tasks.gsm8k import GSM8K
 from .tasks.humaneval import HumanEval
 from .tasks.mmlu import MMLU
 from .tasks.spelling import SimpleSpelling, SpellingBee
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #b24b7f19
 def wilson(
@@ -117,7 +122,7 @@ class ChatEvalConfig:
     step: int = -1  # which checkpoint; -1: the last
     device: str = ""  # cpu, cuda or mps; empty: the fastest
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1, "top_k": 0}
         check_counts(self, counts | {"max_problems": 1}, all_of=("max_problems",))
         if not 0 <= self.temperature < math.inf:
@@ -137,8 +142,8 @@ class Graded:
 def grade_generative(
     task: Task,
     indices: Sequence[int],  # items to ask, of one batch
-    tokenizer,
-    engine,  # nanochat.engine.Engine
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,
     config: ChatEvalConfig,
 ) -> list[Graded]:
     "Let the model answer a batch of questions, and grade the replies."
@@ -173,7 +178,7 @@ def grade_generative(
 
 # %% ../nbs/09_evaluation.ipynb #07424d3e
 def letter_ids(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     letters: Sequence[str],  # e.g. "A", "B", "C", "D"
 ) -> list[int]:  # their token ids
     "Token ids of the letters; each letter must be one token."
@@ -188,8 +193,8 @@ def letter_ids(
 def grade_categorical(
     task: Task,
     indices: Sequence[int],  # items to ask, of one batch
-    tokenizer,
-    model,  # GPT
+    tokenizer: "RustBPETokenizer",
+    model: GPT,
 ) -> list[Graded]:
     "Compare the logits of the permitted letters behind each prompt."
     conversations = [task[i] for i in indices]
@@ -216,9 +221,9 @@ def grade_categorical(
 # %% ../nbs/09_evaluation.ipynb #5a199e1d
 def run_chat_eval(
     task: Task,
-    model,
-    tokenizer,
-    engine,  # nanochat.engine.Engine of the same model
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,  # of the same model
     config: ChatEvalConfig = ChatEvalConfig(),
     *,
     name: str = "",  # shown while it runs
@@ -314,9 +319,9 @@ def open_tasks(
 
 
 def evaluate_chat(
-    model,
-    tokenizer,
-    engine,  # nanochat.engine.Engine of the same model
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,  # of the same model
     config: ChatEvalConfig,
 ) -> dict[str, Any]:  # the section of the report
     "Examine a model on the tasks that the config names."
@@ -335,7 +340,6 @@ def evaluate_chat(
 from .checkpoint import load_model
 from .common import compute_init, print0, save_section
 from .decode import freeze_weights
-from .engine import Engine
 
 
 def task_line(name: str, result: dict[str, Any]) -> str:

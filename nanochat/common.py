@@ -114,7 +114,7 @@ def get_dist_info() -> tuple[int, int, int]:  # rank, local rank, world size
     return rank, local_rank, world_size
 
 
-def print0(*args, **kwargs) -> None:
+def print0(*args: Any, **kwargs: Any) -> None:
     "Print on rank 0 only."
     if get_dist_info()[0] == 0:
         print(*args, **kwargs, flush=True)
@@ -482,7 +482,7 @@ def option_types(
     "List the options of a config, those of a config inside it included."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(option.type):
+        if isinstance(option.type, type) and dataclasses.is_dataclass(option.type):
             found |= option_types(option.type)
         else:
             found[option.name] = option.type
@@ -529,7 +529,7 @@ def parse_config(
     stage: str,  # name of the command, for settings.ini
     argv: list[str],  # the command line without the program's name
     program: str = "",  # as help shall name it; empty: python -m scripts.<stage>
-):  # an instance of the dataclass
+) -> Any:  # an instance of the dataclass
     "Resolve preset and flags into a config; tyro exits with code 2 on bad flags."
     import tyro  # here, so that the package can be imported without it
 
@@ -538,7 +538,7 @@ def parse_config(
     # tyro lays help out in boxes, and never ends on a terminal of a few columns.
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"
-    read = tyro.cli(
+    read: Any = tyro.cli(
         without_check(config_class),
         args=preset_words(stage, options) + typed,
         prog=program or f"python -m scripts.{stage}",
@@ -669,7 +669,7 @@ def without_check(
     class Unchecked(config_class):
         __doc__ = config_class.__doc__
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             pass
 
     Unchecked.__name__ = config_class.__name__
@@ -713,7 +713,7 @@ def join_ranks() -> dist.Store | None:  # None: this process is alone
     return store
 
 # %% ../nbs/appendix_common.ipynb #259ab4a9
-def flat_values(config) -> dict[str, Any]:  # name -> value
+def flat_values(config: Any) -> dict[str, Any]:  # name -> value
     "Return the values of a config, those of a config inside it included."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config):
@@ -726,7 +726,7 @@ def flat_values(config) -> dict[str, Any]:  # name -> value
 
 
 def run_cli(
-    main,  # called with the resolved config
+    main: Callable[[Any], Any],  # called with the resolved config
     config_class: type,  # a frozen dataclass
     stage: str,  # name of the command
     *,

@@ -108,7 +108,7 @@ def weight_settings(
     config: Any,  # a dataclass of settings, or one that a dataclass holds
 ) -> dict[str, Any]:  # name -> value, without a level for the optimizer
     "Return the settings that determine the weights."
-    found = {}
+    found: dict[str, Any] = {}
     for setting in fields(config):
         value = getattr(config, setting.name)
         if is_dataclass(value):

@@ -20,12 +20,14 @@ __all__ = ['SPAN', 'WARM_UP', 'freeze_weights', 'FixedCache', 'run_step', 'captu
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import KVCache, move_rows
 from .common import UserError, print0
+from .gpt import GPT
 
 SPAN = 256  # positions by which the part of the cache that a step reads grows
 WARM_UP = 2  # steps before a capture: libraries choose their kernels in the first
@@ -33,8 +35,8 @@ WARM_UP = 2  # steps before a capture: libraries choose their kernels in the fir
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c13
 @torch.no_grad()
 def freeze_weights(
-    model,  # GPT in eval mode; changed in place, before anything decodes with it
-):  # the same model
+    model: GPT,  # in eval mode; changed in place, before anything decodes with it
+) -> GPT:  # the same model
     "Cast the weights of a model that will not be trained to the dtype it computes in."
     if model.training:
         raise UserError(
@@ -79,7 +81,7 @@ class FixedCache(KVCache):
 
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c15
 def run_step(
-    model,  # GPT
+    model: GPT,
     cache: FixedCache,  # advanced by one
     tokens: Tensor,  # (B,) int64, the newest token of each row
     logits: Tensor,  # (B, V), overwritten
@@ -91,7 +93,7 @@ def run_step(
 def capture_graph(
     run: Callable[[], None],  # works on the same memory at every call
     lengths: Tensor,  # (B,) what `run` advances
-    pool,  # memory that all graphs of an object share
+    pool: Any,  # memory that all graphs of an object share
 ) -> Callable[[], None]:  # does what `run` does, in one launch
     "Record the kernels that a function launches."
     before = lengths.clone()
@@ -131,7 +133,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        model,  # GPT; its weights may change, but must stay where they are in memory
+        model: GPT,  # its weights may change, but must stay where they are in memory
         batch_size: int,  # B, most rows
         capacity: int,  # most positions of a row
         compiled: bool | str = False,  # fuse kernels; a string: by this backend
@@ -157,7 +159,11 @@ class DecodeStep:
         self.whole = bool(compiled)  # compile one shape, not many
         if compiled:
             backend = compiled if isinstance(compiled, str) else "inductor"
-            options = {"backend": backend, "fullgraph": True, "dynamic": False}
+            options: dict[str, Any] = {
+                "backend": backend,
+                "fullgraph": True,
+                "dynamic": False,
+            }
             # With code of its own: the compiler allows eight versions of one code.
             own = FunctionType(run_step.__code__.replace(), run_step.__globals__)
             self.run = torch.compile(own, **options)

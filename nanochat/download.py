@@ -31,9 +31,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from .common import UserError
@@ -47,10 +47,18 @@ except ImportError:  # Windows
 class KeepLinked(HTTPRedirectHandler):
     "Follow redirects; keep what the hub says of a file before it sends us on."
 
-    def __init__(self):
-        self.linked = {}
+    def __init__(self) -> None:
+        self.linked: dict[str, str] = {}
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> Request | None:
         "Note size and digest, then redirect as usual."
         for key in ("Size", "ETag"):
             if value := headers.get(f"X-Linked-{key}"):
@@ -59,7 +67,7 @@ class KeepLinked(HTTPRedirectHandler):
 
 
 def whole_size(
-    reply,  # of the server, with headers
+    reply: HTTPResponse,  # of the server
     linked: dict[str, str],  # what the hub has said before a redirect
     have: int,  # bytes of the part that the reply continues
 ) -> int | None:  # None: not known
@@ -72,7 +80,7 @@ def whole_size(
 
 
 def told_sha256(
-    reply,  # of the server, with headers
+    reply: HTTPResponse,  # of the server
     linked: dict[str, str],  # what the hub has said before a redirect
 ) -> str:  # 64 hexadecimal digits; "": not known
     "Return the digest that the server names: the hub's ETag of a large file is one."
@@ -141,7 +149,7 @@ def take_lock(file: TextIO) -> None:
 
     while True:
         try:
-            return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+            return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         except OSError:
             continue  # after ten seconds Windows gives up; we do not
 
@@ -281,7 +289,7 @@ def fetch(
     return target
 
 # %% ../nbs/appendix_download.ipynb #0a89920c
-def checksums(bases: list[str], **options) -> dict[str, str]:  # name -> sha256
+def checksums(bases: list[str], **options: Any) -> dict[str, str]:  # name -> sha256
     "Read SHA256SUMS from the mirrors; empty if they have none."
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -303,7 +311,7 @@ def fetch_all(
     folder: Path,
     workers: int = 4,  # parallel connections
     check: Callable[[Path], None] = accept,  # raises ValueError
-    **options,  # attempts, timeout, pause of `fetch`
+    **options: Any,  # attempts, timeout, pause of `fetch`
 ) -> None:
     "Fetch files in parallel. Raises UserError, with the reason, for the first that fails."
     missing = [name for name in names if not (folder / name).exists()]

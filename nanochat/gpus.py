@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .common import UserError, get_base_dir, package_folder
 
@@ -60,7 +61,8 @@ def find_gpu(
     name: str,  # as the driver says it
 ) -> Gpu | None:  # None: not in the table
     "Return the data of a card that tells its name."
-    return GPUS.get(gpu_key(name))
+    key = gpu_key(name)
+    return GPUS[key] if key else None
 
 # %% ../nbs/appendix_gpus.ipynb #3ba05d88
 NOT_MEASURED = "This has not been measured on a GPU yet."
@@ -124,7 +126,7 @@ def record_table(
 
 def show_figure(
     name: str,  # of the figure; says the unit
-    value,  # anything that JSON can hold
+    value: Any,  # anything that JSON can hold
 ) -> str:
     "Write a figure for reading."
     if value is None:

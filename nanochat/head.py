@@ -14,6 +14,8 @@ __all__ = ['CHUNK', 'MIN_ROWS', 'exponentials', 'logits_gradient', 'walk_rows', 
 # weighs in the result: known beforehand for a mean or a sum, so the gradients are made on
 # the way forward; else it comes with the backward pass, which walks the rows again.
 # Tensors that a comment calls "used up" are overwritten, to save memory.
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,7 @@ def walk_rows(
         if share is not None:
             dz = logits_gradient(e, total, half_tanh, target, share[rows, None])
             dz = dz.to(x.dtype)
+            assert dx is not None and dw is not None, "made where there are shares"
             dx[rows] = dz @ w
             if dz.dtype == dw.dtype:
                 torch.addmm(dw, dz.T, x[rows], out=dw)  # one pass over dw less
@@ -104,13 +107,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     "Losses of a linear head whose logits are never all there."
 
     @staticmethod
-    def forward(ctx, x, weight, targets, share, cap, vocab_size, train):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        share: Tensor | None,
+        cap: float,
+        vocab_size: int,
+        train: bool,
+    ) -> Tensor:
         "Return the weighted sum of the losses, or each loss if there are no shares."
         ctx.numbers = {"cap": cap, "vocab_size": vocab_size}
         ctx.late = share is None  # the shares come with the backward pass
         early = share if train else None
         losses, dx, dw = walk_rows(x, weight, targets, early, **ctx.numbers)
-        if ctx.late:
+        if share is None:
             ctx.save_for_backward(x, weight, targets)
             return losses
         ctx.save_for_backward(dx, dw)
@@ -118,7 +130,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         "Scale the gradients that are there already, or walk the rows again."
         if ctx.late:
             x, weight, targets = ctx.saved_tensors

@@ -11,7 +11,8 @@ __all__ = ['evaluate_bpb', 'Bigram', 'encode_documents', 'fit_bigram', 'bigram_b
 # Special tokens (no bytes) and ignored targets (-1) count neither above nor below the line.
 # Sums, not averages, are added over ranks, in float64. `Bigram` has the call of a model.
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,13 @@ from torch import Tensor
 from .dataloader import Batch
 from .functional import nats_to_bits
 
+if TYPE_CHECKING:
+    from nanochat.tokenizer import RustBPETokenizer
+
 # %% ../nbs/09_evaluation.ipynb #428175a0
 @torch.no_grad()
 def evaluate_bpb(
-    model,  # called as model(inputs, targets, loss_reduction="none")
+    model: Callable[..., Tensor],  # of inputs, targets, loss_reduction="none"
     batches: Iterator[Batch],  # held-out text
     steps: int,  # batches to read on this rank
     token_bytes: Tensor,  # (V,) UTF-8 bytes of each token; 0 for special tokens
@@ -45,7 +49,7 @@ def evaluate_bpb(
         total = torch.tensor([nats, num_bytes], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         nats, num_bytes = total.tolist()
-    return nats_to_bits(nats) / num_bytes if num_bytes else math.inf
+    return float(nats_to_bits(nats)) / num_bytes if num_bytes else math.inf
 
 # %% ../nbs/09_evaluation.ipynb #e772e639
 class Bigram:
@@ -84,7 +88,7 @@ class Bigram:
 
 # %% ../nbs/09_evaluation.ipynb #9a112e56
 def encode_documents(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     documents: Iterable[str],  # text
 ) -> Tensor:  # (N,) int64, each document after a <|bos|>
     "Concatenate the tokens of some documents."
@@ -111,7 +115,7 @@ def fit_bigram(
 
 # %% ../nbs/09_evaluation.ipynb #3cb0a17f
 def bigram_bpb(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     train_docs: Iterable[str],  # text to count
     val_docs: Iterable[str],  # text to predict
 ) -> float:  # bits per byte

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -36,7 +37,7 @@ class SpeedrunConfig(BaseConfig):
 
 
 # Which commands, in order, with which options; and which of them use all GPUs.
-STAGES = (
+STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tok_train", "tok_train", ()),
     ("tok_eval", "tok_eval", ()),
     ("base_train", "base_train", ()),
@@ -69,10 +70,10 @@ def run_to_its_end(command: list[str]) -> int:  # its exit code
     "Run a program; Ctrl-C is its own affair, since it may have something to save."
     child = subprocess.Popen(command, env=stage_environment())
 
-    def stay(number, frame) -> None:
+    def stay(number: int, frame: FrameType | None) -> None:
         "Do nothing: the terminal sends Ctrl-C to the child as well."
 
-    def pass_on(number, frame) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         "Ask the child to end; only we have been asked."
         child.terminate()
 

@@ -19,14 +19,19 @@ import hashlib
 import html
 import json
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import rustbpe
 from .bpe import SPLIT_PATTERN
 from .common import UserError, get_base_dir, write_atomic
+
+if TYPE_CHECKING:
+    import tiktoken
+    from typing_extensions import Self
 
 # %% ../nbs/03_tokenization.ipynb #98d0d771
 def learn_ranks(
@@ -231,7 +236,7 @@ class Vocabulary:
         self.bpe = self.compiled()
 
     @classmethod
-    def from_directory(cls, directory: str | Path):
+    def from_directory(cls, directory: str | Path) -> "Self":
         "Load what `save` wrote."
         return cls(*read_vocabulary(Path(directory) / FILE_NAME))
 
@@ -287,7 +292,7 @@ def check_texts(
     return texts
 
 # %% ../nbs/03_tokenization.ipynb #b85d1f39
-def whole_number(name: str, value: object) -> int:
+def whole_number(name: str, value: Any) -> int:
     "Return a number as Python's integer; NumPy's and PyTorch's are accepted."
     # In Python True == 1, and a mask would pass as ids.
     kind = str(getattr(value, "dtype", type(value).__name__))
@@ -305,7 +310,7 @@ def check_ids(
     "Return one row of token ids as a list of Python's integers, or say what is wrong."
     if hasattr(ids, "tolist"):  # a tensor or an array
         if getattr(ids, "ndim", 1) != 1:
-            shape = tuple(ids.shape)
+            shape = tuple(getattr(ids, "shape", ()))
             raise UserError(
                 f"decode takes one row of ids, got an array of shape {shape}"
             )
@@ -389,13 +394,17 @@ class TextCoder(Vocabulary):
 # %% ../nbs/03_tokenization.ipynb #72995c06
 def to_tiktoken(
     tokenizer: Vocabulary,  # ours
-):  # a tiktoken.Encoding with the same ids
+) -> "tiktoken.Encoding":  # with the same ids
     "Hand the vocabulary to OpenAI's library, which must be installed."
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
-    names = {"mergeable_ranks": ranks, "special_tokens": tokenizer.special}
-    return tiktoken.Encoding("nanochat", pat_str=tokenizer.pattern, **names)
+    return tiktoken.Encoding(
+        "nanochat",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=ranks,
+        special_tokens=tokenizer.special,
+    )
 
 # %% ../nbs/03_tokenization.ipynb #5447c73c
 def check_messages(
@@ -508,7 +517,7 @@ class RustBPETokenizer(TextCoder):
     "The tokenizer of the pipeline: text, special tokens and conversations."
 
     @classmethod
-    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int):
+    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "Self":
         "Learn a vocabulary; its size includes the nine special tokens."
         least = 256 + len(SPECIAL_TOKENS)
         vocab_size = whole_number("vocab_size", vocab_size)
@@ -517,7 +526,7 @@ class RustBPETokenizer(TextCoder):
         return cls(learn_ranks(texts, vocab_size - len(SPECIAL_TOKENS)))
 
     @classmethod
-    def from_pretrained(cls, name: str, folder: str | Path | None = None):
+    def from_pretrained(cls, name: str, folder: str | Path | None = None) -> "Self":
         "Load OpenAI's `gpt2` or `cl100k_base` from a folder that has the file."
         return cls(*read_pretrained(name, folder))
 
@@ -548,7 +557,10 @@ class RustBPETokenizer(TextCoder):
         return [*ids, self.encode_special("<|assistant_start|>")]
 
     def visualize_tokenization(
-        self, ids: list[int], mask: list[int], view=color_terminal
+        self,
+        ids: list[int],
+        mask: list[int],
+        view: Callable[[str, int], str] = color_terminal,
     ) -> str:
         "Show tokens colored by mask: for a terminal, or with `color_html` for a page."
         if len(ids) != len(mask):

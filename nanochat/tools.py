@@ -45,7 +45,7 @@ def evaluate(node: ast.AST) -> int | float:
     'Compute a syntax tree made of numbers, operators and `"text".count("t")`.'
     match node:
         # Whole and broken numbers with their signs; True is no number.
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int(value) | float(value)) if type(value) is not bool:
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)
