@@ -25,7 +25,7 @@ from nanochat.common import (
 )
 from .core_eval import centered, gather, refuse_nan
 from .engine import Engine
-from .execution import room_problem
+from .execution import program_problem
 from .gpt import GPT
 from .tasks.arc import ARC
 from .tasks.arithmetic import Arithmetic
@@ -309,7 +309,7 @@ def open_tasks(
     for name in names:
         if name != "HumanEval":
             tasks[name] = TASKS[name]()
-        elif config.unsafe_code or not (problem := room_problem()):
+        elif not (problem := program_problem(config.unsafe_code)):
             tasks[name] = HumanEval(unsafe=config.unsafe_code)
         elif everything:
             print0(f"{name} is left out: {problem}")
