@@ -118,6 +118,11 @@ class Trainer:
         self.optimizer.grad_norm()
         self.optimizer.step(1.0, 0.95)
 
+    def once(self) -> None:
+        "Update after two micro-batches, however many a step has."
+        self.passes(2)
+        self.update()
+
     def step(self) -> None:
         "Take a whole step."
         self.optimizer.zero_grad()
@@ -172,12 +177,7 @@ def measure(trainer: Trainer, report: Report) -> dict:
     report.note(first_pass_seconds=first)  # each figure is kept as soon as it is there
     again = statistics.median(elapsed(trainer.passes, scale) for _ in range(3))
     trainer.update()  # its buffers exist from here on
-
-    def once() -> None:
-        trainer.passes(2)
-        trainer.update()
-
-    peak = peak_of(once, scale)
+    peak = peak_of(trainer.once, scale)
     updates = [elapsed(trainer.update, scale) for _ in range(3)]
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
     rate = trainer.micro * trainer.tokens / seconds
