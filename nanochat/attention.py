@@ -37,7 +37,7 @@ from .accounting import BLOCK
 from .common import UserError, print0
 from .functional import rms_norm
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     from nanochat.gpt import GPTConfig
 
 # %% ../nbs/05_attention_mechanism.ipynb #cfad9f14

@@ -36,7 +36,7 @@ from .tasks.humaneval import HumanEval
 from .tasks.mmlu import MMLU
 from .tasks.spelling import SimpleSpelling, SpellingBee
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #b24b7f19

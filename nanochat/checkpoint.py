@@ -58,7 +58,7 @@ from nanochat.common import (
 )
 from .gpt import GPT, GPTConfig
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     from nanochat.optim import Optimizers
     from nanochat.tokenizer import RustBPETokenizer
 

@@ -51,7 +51,7 @@ from .common import UserError, compute_init, get_base_dir
 from .decode import freeze_weights
 from .engine import ControlTokens, Engine
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #02f6ccfb

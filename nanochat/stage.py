@@ -62,7 +62,7 @@ from .tasks.mixtures import open_mixture
 from .tokenizer import RustBPETokenizer, get_tokenizer
 from .train import Run, train
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     from nanochat.tasks.common import Task
 
 # %% ../nbs/06_training_process.ipynb #57a6e003

@@ -30,7 +30,7 @@ import rustbpe
 from .bpe import SPLIT_PATTERN
 from .common import UserError, get_base_dir, write_atomic
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only annotations need these, and a program runs without them
     import tiktoken
     from typing_extensions import Self
 
