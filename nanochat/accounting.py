@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .head import CHUNK, MIN_ROWS
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.gpt import GPTConfig
 
 # %% ../nbs/04_transformer_architecture.ipynb #85a0ad34

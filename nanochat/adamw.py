@@ -128,7 +128,7 @@ def reduce_scatter(out: Tensor, full: Tensor) -> dist.Work:  # handle to wait on
     # torch 2.13 renamed both collectives and warns about the old names.
     new = getattr(dist, "reduce_scatter_single", None)
     work = (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
-    assert work is not None, "it was asked not to wait"
+    assert work is not None, "an asynchronous collective returns its work"
     return work
 
 # %% ../nbs/07_optimization.ipynb #e395be4f
@@ -136,11 +136,11 @@ def all_gather(out: Tensor, mine: Tensor) -> dist.Work:  # handle to wait on
     "Start gathering every rank's `mine`, concatenated along the rows, into `out`."
     new = getattr(dist, "all_gather_single", None)
     work = (new or dist.all_gather_into_tensor)(out, mine, async_op=True)
-    assert work is not None, "it was asked not to wait"
+    assert work is not None, "an asynchronous collective returns its work"
     return work
 
 # %% ../nbs/07_optimization.ipynb #f500d40b
-# Gives nothing, then a squared length, then nothing; after the second it is sent a scale.
+# Yields nothing, then a squared norm, then nothing; the second yield receives a scale.
 Job = Generator[Any, Tensor | None, None]
 
 # %% ../nbs/07_optimization.ipynb #4ac235a9
@@ -257,7 +257,7 @@ class AdamW(torch.optim.Optimizer):
             if p.grad is not None
         ]
 
-    # torch's own may also take a function that computes the loss, and return that.
+    # torch's step also accepts a closure that computes the loss; ours needs none.
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         "Update every parameter that has a gradient."
         run_jobs(self.jobs())

@@ -37,7 +37,7 @@ from .accounting import BLOCK
 from .common import UserError, print0
 from .functional import rms_norm
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.gpt import GPTConfig
 
 # %% ../nbs/05_attention_mechanism.ipynb #cfad9f14
@@ -389,7 +389,7 @@ def through_varlen(
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     sides = (window - 1, 0) if window else (-1, 0)
     y = varlen_attn(q, k, v, starts, key_starts, T, S, scale=scale, window_size=sides)
-    assert isinstance(y, Tensor), "it gives a pair only if it is asked for the sums"
+    assert isinstance(y, Tensor), "it returns a pair only when asked for log-sum-exps"
     return y.unflatten(0, (B, T))
 
 # %% ../nbs/05_attention_mechanism.ipynb #a8e4d5e6

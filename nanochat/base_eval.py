@@ -34,7 +34,7 @@ from .engine import Engine
 from .gpt import GPT
 from .loss_eval import encode_documents, evaluate_bpb, fit_bigram
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #ba5ee002

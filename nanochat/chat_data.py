@@ -22,7 +22,7 @@ import torch
 from .common import UserError
 from .dataloader import Batch, my_streams, to_device
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tasks.common import Task
     from nanochat.tokenizer import RustBPETokenizer
 

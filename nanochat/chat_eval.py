@@ -36,7 +36,7 @@ from .tasks.humaneval import HumanEval
 from .tasks.mmlu import MMLU
 from .tasks.spelling import SimpleSpelling, SpellingBee
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #b24b7f19

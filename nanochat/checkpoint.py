@@ -58,7 +58,7 @@ from nanochat.common import (
 )
 from .gpt import GPT, GPTConfig
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.optim import Optimizers
     from nanochat.tokenizer import RustBPETokenizer
 
@@ -125,7 +125,7 @@ def save(
     folder: Path,  # the run's folder
     step: int,  # optimizer steps done
     model: GPT,
-    optimizer: "Optimizers | None" = None,  # None: the weights alone
+    optimizer: "Optimizers | None" = None,  # None: save only the weights
     cursors: dict | None = None,  # stream -> cursor, this rank's streams
     *,
     meta: dict | None = None,  # anything JSON can hold
@@ -456,5 +456,5 @@ def use_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # New memory need not be filled with NaN: we always write before we read.
-    # torch makes this attribute in a way that a type checker cannot see.
+    # torch creates this attribute in a way that a type checker cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -200,5 +200,5 @@ def compile_model(
         print0(f"WARNING: compile: {wrong}; this run continues uncompiled and slower")
         return model
     print0(f"compile: {found}")
-    # torch.compile promises a function; of a module it makes a module.
+    # torch.compile is typed to return a function; given a module, it returns a module.
     return cast(nn.Module, torch.compile(model, dynamic=False, **options))

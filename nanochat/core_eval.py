@@ -24,7 +24,7 @@ from .dataset import data_path
 from .functional import cross_entropy
 from .gpt import GPT
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #5409e30b

@@ -32,7 +32,7 @@ from torch import Tensor
 from .common import get_dist_info
 from .dataset import iter_documents
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/06_training_process.ipynb #21387167

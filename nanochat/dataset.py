@@ -151,7 +151,7 @@ def read_text_file(path: Path) -> list[str]:
     return ["\n\n".join(d) for d in documents if d]
 
 # %% ../nbs/06_training_process.ipynb #d0d5bf70
-# A part of a file: how many documents it has, None if unknown, and what reads them.
+# Part of a file: its number of documents (None: unknown), and what reads them.
 Chunk = tuple[int | None, Callable[[], list[str]]]
 
 

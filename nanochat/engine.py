@@ -37,7 +37,7 @@ from .functional import sample_next
 from .gpt import GPT
 from .tools import use_calculator
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #b984e078

@@ -199,7 +199,7 @@ class GPT(nn.Module):
     "A transformer: maps token ids to logits for the next token at every position."
 
     resid_lambdas: nn.Parameter  # (L,); only with stream_scalars
-    x0_lambdas: nn.Parameter  # as these
+    x0_lambdas: nn.Parameter  # (L,); only with stream_scalars
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -209,7 +209,7 @@ class GPT(nn.Module):
         layers = range(config.n_layer)
         blocks = nn.ModuleList(Block(config, i) for i in layers)
         wte = nn.Embedding(rows, config.n_embd)
-        # Any: for a type checker all entries of a ModuleDict are modules without a kind.
+        # Any, because a type checker sees every entry of a ModuleDict as a plain Module.
         self.transformer: Any = nn.ModuleDict({"wte": wte, "h": blocks})
         self.lm_head = Linear(config.n_embd, rows)
         with_values = filter(config.has_values, layers)

@@ -96,7 +96,9 @@ def walk_rows(
         if share is not None:
             dz = logits_gradient(e, total, half_tanh, target, share[rows, None])
             dz = dz.to(x.dtype)
-            assert dx is not None and dw is not None, "made where there are shares"
+            assert dx is not None and dw is not None, (
+                "allocated above whenever shares are given"
+            )
             dx[rows] = dz @ w
             if dz.dtype == dw.dtype:
                 torch.addmm(dw, dz.T, x[rows], out=dw)  # saves one pass over dw

@@ -22,7 +22,7 @@ from torch import Tensor
 from .dataloader import Batch
 from .functional import nats_to_bits
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #428175a0

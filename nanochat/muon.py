@@ -395,7 +395,7 @@ class Muon(torch.optim.Optimizer):
         "Return one job per stack."
         return [muon_job(params, self.state, group) for params, group in self.stacks()]
 
-    # torch's own may also take a function that computes the loss, and return that.
+    # torch's step also accepts a closure that computes the loss; ours needs none.
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         "Update every matrix; a missing gradient counts as zero."
         run_jobs(self.jobs())

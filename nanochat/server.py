@@ -51,7 +51,7 @@ from .common import UserError, compute_init, get_base_dir
 from .decode import freeze_weights
 from .engine import ControlTokens, Engine
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #02f6ccfb
@@ -83,7 +83,7 @@ class ReplyReader:
             return self.tool_event()
         elif token not in self.special:
             if self.writing:
-                assert self.call is not None, "to write is to be in a call"
+                assert self.call is not None, "only a call is written to"
                 self.call.append(token)
             elif self.answer is not None:
                 self.answer.append(token)
@@ -103,11 +103,11 @@ class ReplyReader:
         if self.answer is not None:
             event["result"] = self.tokenizer.decode(self.answer)
         self.call = self.answer = None
-        self.writing = False  # also where the answer came before the call's end
+        self.writing = False  # even if the answer came before the end of the call
         return [event]
 
 # %% ../nbs/08_implementation_details.ipynb #d221d231
-Events = Generator[dict, None, None]  # can be closed before its end
+Events = Generator[dict, None, None]  # of one reply; close() ends it early
 
 
 def reply_events(

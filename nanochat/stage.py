@@ -62,7 +62,7 @@ from .tasks.mixtures import open_mixture
 from .tokenizer import RustBPETokenizer, get_tokenizer
 from .train import Run, train
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.tasks.common import Task
 
 # %% ../nbs/06_training_process.ipynb #57a6e003
@@ -225,7 +225,7 @@ class Stage:
 
     def amend(self, results: dict) -> None:
         "Add the final results to the last checkpoint."
-        assert self.saved is not None, "results without a checkpoint"
+        assert self.saved is not None, "only a saved run can be amended"
         checkpoint.amend(self.saved, results=results, measured=True)
 
 # %% ../nbs/06_training_process.ipynb #57a6e011

@@ -30,7 +30,7 @@ import rustbpe
 from .bpe import SPLIT_PATTERN
 from .common import UserError, get_base_dir, write_atomic
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     import tiktoken
     from typing_extensions import Self
 

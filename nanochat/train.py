@@ -48,7 +48,7 @@ from nanochat.common import (
 )
 from .dataloader import Batch
 
-if TYPE_CHECKING:  # only annotations need these, and a program runs without them
+if TYPE_CHECKING:  # for annotations only: never imported at run time
     from nanochat.optim import Optimizers
 
 # %% ../nbs/06_training_process.ipynb #32ffb16a

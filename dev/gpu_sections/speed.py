@@ -119,7 +119,7 @@ class Trainer:
         self.optimizer.step(1.0, 0.95)
 
     def once(self) -> None:
-        "Update after two micro-batches, however many a step has."
+        "Take an optimizer step after two micro-batches."
         self.passes(2)
         self.update()
 
@@ -131,7 +131,7 @@ class Trainer:
 
     def close(self) -> None:
         "Give the memory back."
-        # Nothing uses them afterwards, so their types need not allow for it.
+        # Nothing uses them afterwards, so their types leave None out.
         self.model = self.call = self.optimizer = self.batch = None  # type: ignore[assignment]
         clean(self.scale)
 

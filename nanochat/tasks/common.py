@@ -139,7 +139,7 @@ class ParquetRows(Sequence):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    # Whole numbers only: nobody slices it.
+    # Integers only: no caller slices the rows.
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
 
