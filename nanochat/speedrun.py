@@ -40,7 +40,7 @@ class SpeedrunConfig(BaseConfig):
 
 
 # (name of the stage, command, options), in the order in which they run.
-STAGES = (
+STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tok_train", "tok_train", ()),
     ("tok_eval", "tok_eval", ()),
     ("base_train", "base_train", ()),

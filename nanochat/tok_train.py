@@ -70,8 +70,9 @@ def chat_texts(config: TokTrainConfig) -> Iterator[str]:
             for line in lines:
                 yield from message_texts(json.loads(line))
     yield data_path("chat/words_train.txt").read_text("utf-8")
-    for conversation in Arithmetic("train", size=2_000):
-        yield from message_texts(conversation)
+    sums = Arithmetic("train", size=2_000)
+    for index in range(len(sums)):
+        yield from message_texts(sums[index])
     for _ in range(config.numbers):
         yield " ".join(map(str, range(10_000)))
 

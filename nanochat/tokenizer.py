@@ -20,8 +20,9 @@ import hashlib
 import html
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +30,10 @@ import rustbpe
 from .bpe import SPLIT_PATTERN
 from .common import UserError, get_base_dir, write_atomic
 from .conversation import check_conversation, render, render_prompt
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    import tiktoken
+    from typing_extensions import Self
 
 # %% ../nbs/03_tokenization.ipynb #98d0d771
 def learn_ranks(
@@ -240,7 +245,7 @@ class Vocabulary:
         self.bpe = self.compiled()
 
     @classmethod
-    def from_directory(cls, directory: str | Path):
+    def from_directory(cls, directory: str | Path) -> "Self":
         "Load a tokenizer that `save` wrote."
         return cls(*read_vocabulary(Path(directory) / FILE_NAME))
 
@@ -296,7 +301,7 @@ def check_texts(
     return texts
 
 # %% ../nbs/03_tokenization.ipynb #b85d1f39
-def whole_number(name: str, value: object) -> int:
+def whole_number(name: str, value: Any) -> int:
     "Convert an integer to a Python int; NumPy and PyTorch integers are accepted."
     # In Python True == 1, and a mask would pass as ids.
     kind = str(getattr(value, "dtype", type(value).__name__))
@@ -314,7 +319,7 @@ def check_ids(
     "Return a row of token ids as a list of ints. Raises UserError if it is not one."
     if hasattr(ids, "tolist"):  # a tensor or an array
         if getattr(ids, "ndim", 1) != 1:
-            shape = tuple(ids.shape)
+            shape = tuple(getattr(ids, "shape", ()))
             raise UserError(
                 f"decode takes one row of ids, got an array of shape {shape}"
             )
@@ -398,13 +403,17 @@ class TextCoder(Vocabulary):
 # %% ../nbs/03_tokenization.ipynb #72995c06
 def to_tiktoken(
     tokenizer: Vocabulary,  # our tokenizer
-):  # a tiktoken.Encoding with the same ids
+) -> "tiktoken.Encoding":  # with the same ids
     "Convert a tokenizer to OpenAI's tiktoken library, which must be installed."
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
-    names = {"mergeable_ranks": ranks, "special_tokens": tokenizer.special}
-    return tiktoken.Encoding("nanochat", pat_str=tokenizer.pattern, **names)
+    return tiktoken.Encoding(
+        "nanochat",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=ranks,
+        special_tokens=tokenizer.special,
+    )
 
 # %% ../nbs/03_tokenization.ipynb #67accb6b
 def printable(
@@ -431,7 +440,7 @@ class RustBPETokenizer(TextCoder):
     "The tokenizer of the pipeline: text, special tokens and conversations."
 
     @classmethod
-    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int):
+    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "Self":
         "Learn a vocabulary; its size includes the nine special tokens."
         least = 256 + len(SPECIAL_TOKENS)
         vocab_size = whole_number("vocab_size", vocab_size)
@@ -440,7 +449,7 @@ class RustBPETokenizer(TextCoder):
         return cls(learn_ranks(texts, vocab_size - len(SPECIAL_TOKENS)))
 
     @classmethod
-    def from_pretrained(cls, name: str, folder: str | Path | None = None):
+    def from_pretrained(cls, name: str, folder: str | Path | None = None) -> "Self":
         "Load OpenAI's `gpt2` or `cl100k_base` from a folder that has the file."
         return cls(*read_pretrained(name, folder))
 
@@ -462,7 +471,10 @@ class RustBPETokenizer(TextCoder):
         return render_prompt(self, earlier)
 
     def visualize_tokenization(
-        self, ids: list[int], mask: list[int], view=color_terminal
+        self,
+        ids: list[int],
+        mask: list[int],
+        view: Callable[[str, int], str] = color_terminal,
     ) -> str:
         "Show tokens colored by mask: for a terminal, or with `color_html` for a page."
         if len(ids) != len(mask):

@@ -139,7 +139,8 @@ class ParquetRows(Sequence):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    # Integers only: no caller slices the rows.
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
 
 # %% ../../nbs/09_evaluation.ipynb #127d186f
