@@ -102,3 +102,14 @@ def test_processes_that_are_started_find_it_hidden_too():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).parent == ROOT / "tests" / "no_posix"
+
+
+@hidden
+def test_the_default_encoding_is_that_of_windows(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("é")
+    assert path.read_bytes() == b"\xe9"
+    with pytest.raises(UnicodeEncodeError):
+        path.write_text("→")
+    path.write_text("→", "utf-8")
+    assert path.read_text("utf-8") == "→"
