@@ -303,7 +303,7 @@ def test_flash3_whose_package_pytorch_cannot_use(monkeypatch):
     install(monkeypatch, stand_in(calls))
     KERNELS["flash3"](*qkv(dtype=bf16))
     assert len(calls) == 1
-    with pytest.raises(UserError, match="use another kernel"):
+    with pytest.raises(UserError, match="choose another kernel"):
         KERNELS["flash4"](*qkv(dtype=bf16))
 
 
@@ -406,7 +406,7 @@ def test_no_tensor_off_the_gpu_reaches_its_kernels(monkeypatch):
         ("flash3", "needs an NVIDIA GPU, not cpu"),
         ("flash4", "needs an NVIDIA GPU, not cpu"),
         ("varlen", "needs an NVIDIA GPU, not cpu"),
-        ("sdpa", "no windows and no chunks"),
+        ("sdpa", "neither windows nor chunks"),
         ("fast", "unknown: use blocks, "),
     ],
 )

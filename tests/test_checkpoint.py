@@ -170,7 +170,7 @@ def test_a_save_that_fails_anywhere_loses_nothing(
                 failures.append(faults.names[at - 1])
                 full = number == errno.ENOSPC
                 assert ("disk full" if full else "cannot write") in str(error)
-                assert "nothing before it is lost" in str(error)
+                assert "no earlier checkpoint is lost" in str(error)
                 assert "run the same command again" in str(error)
             else:
                 # a failing clean-up of rubbish is no failure of the save
@@ -276,7 +276,7 @@ def test_damage_is_found_and_the_earlier_checkpoint_gives_the_same_end(
     damage(two_steps / "step_000002" / names[-1])
     main(BaseConfig(**tiny, tag="parts"))
     printed = capsys.readouterr().out
-    assert "WARNING" in printed and "continuing from step 1" in printed
+    assert "WARNING" in printed and "resuming from step 1" in printed
     assert weights_hash(two_steps) == weights_hash(two_steps.with_name("whole"))
 
 
@@ -298,7 +298,7 @@ def test_every_bit_of_the_description_counts(tmp_path, trained):
 def test_when_nothing_is_whole_it_says_so(two_steps, tiny):
     for step in two_steps.glob("step_*"):
         flip(step / "model.safetensors")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         main(BaseConfig(**tiny, tag="parts"))
 
 

@@ -511,7 +511,7 @@ def test_what_does_not_fit_is_refused():
     last, kv = prefill(model, ragged_prompts([95, 4]), 96)
     step.load(kv)
     step.step(last.argmax(-1))
-    with pytest.raises(ValueError, match="96 positions, no room"):
+    with pytest.raises(ValueError, match="96 positions: there is no room"):
         step.step(last.argmax(-1))
     step.keep([1])
     step.step(last.argmax(-1)[:1])  # the short row goes on

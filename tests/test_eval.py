@@ -345,7 +345,7 @@ def test_an_empty_option_is_named():
     }
     for kind, item in items.items():
         task = CoreTask("odd one", kind, [item], 0, "", 0.0)
-        with pytest.raises(UserError, match="'odd one' has an empty option behind"):
+        with pytest.raises(UserError, match="'odd one' has an empty option after"):
             evaluate_task(tiny_model(), TOKENIZER, task)
 
 
@@ -650,7 +650,7 @@ def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
         chat_eval.open_tasks(ChatEvalConfig(tasks="Arithmetic|HumanEval"))
     names = list(chat_eval.open_tasks(ChatEvalConfig()))
     assert names == [name for name in chat_eval.TASKS if name != "HumanEval"]
-    assert capsys.readouterr().out == "HumanEval is left out: no room\n"
+    assert capsys.readouterr().out == "skipping HumanEval: no room\n"
     unsafe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval", unsafe_code=True))
     assert unsafe["HumanEval"].unsafe
     monkeypatch.setattr(execution, "room_problem", lambda: "")

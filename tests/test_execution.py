@@ -64,10 +64,10 @@ def test_leaving_early_is_not_success(cheat, unsafe):
 def test_the_reason_of_a_failure_is_one_line(unsafe):
     reasons = {
         "assert 1 == 2, 'no'": "AssertionError: no",
-        "import os; os._exit(0)": "the program left before its last line",
+        "import os; os._exit(0)": "the program exited before its last line",
         "import os; os._exit(3)": "exit code 3",
         "import os; os.kill(os.getpid(), 9)": "killed by signal 9",
-        "while True: pass": "no end within 0.5 s",
+        "while True: pass": "not finished within 0.5 s",
     }
     for program, reason in reasons.items():
         result = execute_code(program, timeout=0.5, unsafe=unsafe)
@@ -336,7 +336,9 @@ def test_without_bubblewrap_a_program_is_refused(monkeypatch, tmp_path, forget):
 @pytest.mark.posix
 def test_a_mac_is_told_to_use_a_container(monkeypatch, forget):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UserError, match=r"use a Linux container.*--unsafe-code"):
+    with pytest.raises(
+        UserError, match=r"only on Linux: use a Linux container.*--unsafe-code"
+    ):
         execute_code("print(1)")
 
 

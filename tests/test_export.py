@@ -205,7 +205,7 @@ def test_merges_rebuild_the_vocabulary():
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    with pytest.raises(UserError, match="belong together"):
+    with pytest.raises(UserError, match="use the tokenizer of the model"):
         export_hf(tiny_model(vocab_size=400), tiny_tokenizer(), tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_a_only_an_earlier_export_is_replaced(folder, tmp_path):
     "Somebody's files, one of them called config.json, stay as they are."
     for name, text in {"config.json": "{}", "thesis.txt": "mine"}.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match="name a new folder"):
+        with pytest.raises(UserError, match="use a new folder"):
             export_hf(random_model(), tiny_tokenizer(), tmp_path)
         assert (tmp_path / name).read_text() == text
         assert len(list(tmp_path.iterdir())) == 1
@@ -291,7 +291,7 @@ def test_b_older_spellings_are_read(copy):
         ({"hidden_size": True}, "no hidden_size"),
         ({"rms_norm_eps": float("nan")}, "no rms_norm_eps"),
         ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
-        ({"hidden_size": 0}, "describes no model"),
+        ({"hidden_size": 0}, "does not describe a valid model"),
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
         ({"intermediate_size": 500}, "intermediate_size=500"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
@@ -337,7 +337,7 @@ def test_b_merges_are_read_in_both_spellings(copy):
     assert AutoTokenizer.from_pretrained(copy).encode(TEXT[0]) == ours.encode(TEXT[0])
     for odd in ("ab", "a b c", ["a"], 3, None):
         record["model"]["merges"] = [odd, *pairs]
-        with pytest.raises(UserError, match="tokenizer of our kind"):
+        with pytest.raises(UserError, match="not a nanochat tokenizer"):
             tokenizer_from_hf(record, Path("tokenizer.json"))
 
 
@@ -372,9 +372,9 @@ def spoilt_tokenizers():
     )
     yield "options", lambda r: r["model"].update(dropout=0.1)
     yield "options", lambda r: r["model"].update(ignore_merges=True)
-    yield "our kind", lambda r: r["added_tokens"].pop()
-    yield "our kind", lambda r: r.update(model={"type": "Unigram"})
-    yield "our kind", lambda r: r.update(pre_tokenizer=None)
+    yield "not a nanochat tokenizer", lambda r: r["added_tokens"].pop()
+    yield "not a nanochat tokenizer", lambda r: r.update(model={"type": "Unigram"})
+    yield "not a nanochat tokenizer", lambda r: r.update(pre_tokenizer=None)
 
 
 @pytest.mark.parametrize("message, spoil", list(spoilt_tokenizers()))
@@ -698,7 +698,7 @@ def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
 def test_c_what_is_no_weights_is_refused(tmp_path, content):
     folder = nanochat_folder(tmp_path, random_model())
     (folder / "model_000650.pt").write_bytes(content)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="does not hold weights"):
         load_foreign(folder)
 
 
@@ -789,7 +789,7 @@ def test_e_another_tokenizer_is_kept(home, folder):
     model, tokenizer = load_foreign(folder)
     other = type(tokenizer)(tokenizer.ranks[:300])
     other.save(home / "tokenizer")
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         adopt(model, tokenizer)
     assert not (home / "sft_checkpoints").exists()
     path = adopt(model, tokenizer, overwrite=True)
@@ -797,7 +797,7 @@ def test_e_another_tokenizer_is_kept(home, folder):
     loaded, tokenizer, meta = load_model("sft", torch.device("cpu"))
     check_same_logits(loaded, model, atol=0)
     assert tokenizer.get_vocab_size() == 320 and meta["stage"] == "import"
-    with pytest.raises(UserError, match="holds a checkpoint"):
+    with pytest.raises(UserError, match="has a checkpoint"):
         adopt(model, tokenizer)
     assert adopt(model, tokenizer, "rl", "mine").parent.name == "mine"
 
@@ -825,7 +825,7 @@ def test_e_overwriting_removes_only_checkpoints(home, folder):
     [
         ("absent", "neither"),
         ("empty", "neither"),
-        ("damaged", "not readable"),
+        ("damaged", "cannot be read"),
         ("without tokenizer", "tokenizer.json"),
         ("without config", "config.json"),
         ("", "--folder"),

@@ -396,7 +396,7 @@ def test_ids_that_the_model_lacks_are_named(ids, targets, message):
     with pytest.raises(ValueError) as caught:
         random_model()(torch.tensor(ids), targets)
     assert message in str(caught.value)
-    assert "made with its tokenizer?" in str(caught.value)
+    assert "with the model's own tokenizer" in str(caught.value)
 
 
 def test_ids_at_the_edge_are_fine():

@@ -128,7 +128,7 @@ def test_the_chosen_depth_is_the_deepest_in_the_time():
 def test_what_cannot_fit_is_refused_with_the_numbers():
     with pytest.raises(UserError, match=r"depth 34 needs about \d+ GiB .* has 24 GiB"):
         largest_batch(model_config(34, 65_536, 2048), GPUS["4090"], 524_288, 1)
-    with pytest.raises(UserError, match="train no model"):
+    with pytest.raises(UserError, match="no depth fits"):
         choose_depth(BaseConfig(), 65_536, GPUS["h100"], 8, 1e-6)
     plan = base_plan(BaseConfig(), 65_536)
     check_fits(plan, plan.memory)

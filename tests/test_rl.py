@@ -268,7 +268,7 @@ def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
         model.lm_head.weight.grad[0, 0] = float("nan")
 
     monkeypatch.setattr(rl, "accumulate_policy", poisoned)
-    with pytest.raises(UserError, match="grad_norm nan: no weight was changed"):
+    with pytest.raises(UserError, match="grad_norm nan: no weights were changed"):
         policy_step(engine, optimizer, questions, config, 1)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
     dump = json.loads(

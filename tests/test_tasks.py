@@ -439,7 +439,7 @@ def test_choices_are_letters_with_one_right(task):
         prompt, answer = (m["content"] for m in example["messages"])
         assert answer in example["letters"] and f"={answer}\n" in prompt
         assert task.evaluate(example, answer)
-    with pytest.raises(UserError, match="none of the letters"):
+    with pytest.raises(UserError, match="not one of the letters"):
         task.evaluate(task[0], "maybe")
 
 

@@ -280,7 +280,7 @@ def test_what_is_not_finite_stops_before_the_weights_change(
     for i, batch in enumerate(batches):
         batch.stream = i
         batch.cursor = {"documents": i}
-    with pytest.raises(UserError, match="no weight was changed") as stopped:
+    with pytest.raises(UserError, match="no weights were changed") as stopped:
         options = {"save": lambda *_: base_dir / "step_000002", "save_every": 2}
         go(model, batches, **options)
     for name, weight in model.state_dict().items():
@@ -472,7 +472,7 @@ def test_one_failing_rank_ends_all_with_its_own_error(base_dir, tiny, tmp_path, 
     assert said.count("error on rank") == 1, said
     if kind == "nan":
         assert "step 3 of base_train has loss" in said and "grad_norm nan" in said
-        assert "step_000002" in said and "one file for each rank" in said
+        assert "step_000002" in said and "one file per rank" in said
         dumps = sorted((base_dir / "runs").glob("base_train_step_000003_rank_*.json"))
         found = [json.loads(dump.read_text())["gradients"] for dump in dumps]
         assert found == [[], ["lm_head.weight"]]
@@ -738,5 +738,5 @@ def test_best_fit_is_an_option_and_another_run(base_dir, tiny):
     folder = base_dir / "base_checkpoints" / "d1" / "step_000008"
     cursors = json.loads((folder / "cursors_00000.json").read_text())
     assert "cropped" in json.dumps(cursors)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         main(BaseConfig(**tiny))
