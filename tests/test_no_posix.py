@@ -4,6 +4,7 @@ NANOCHAT_HIDE_POSIX=1 python -m pytest -m "not posix"
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,6 @@ PART = (
     "tests/test_checkpoint.py::test_every_bit_of_the_description_counts",
     "tests/test_download.py::test_whole_after_trouble",
     "tests/test_download.py::test_parallel",
-    "tests/test_download.py::test_two_processes_fetch_a_file_once",
     "tests/test_download.py::test_a_page_that_is_no_parquet_is_refused",
 )
 
@@ -39,7 +39,7 @@ def test_a_part_of_the_suite_passes_without_posix():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "10 passed" in done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
 
 
 # ---- What is hidden
