@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat.download.checksums': ('appendix_download.html#checksums', 'nanochat/download.py'),
                                    'nanochat.download.continue_part': ('appendix_download.html#continue_part', 'nanochat/download.py'),
                                    'nanochat.download.could_not_fetch': ('appendix_download.html#could_not_fetch', 'nanochat/download.py'),
+                                   'nanochat.download.delete_lock': ('appendix_download.html#delete_lock', 'nanochat/download.py'),
                                    'nanochat.download.fetch': ('appendix_download.html#fetch', 'nanochat/download.py'),
                                    'nanochat.download.fetch_all': ('appendix_download.html#fetch_all', 'nanochat/download.py'),
                                    'nanochat.download.fetch_part': ('appendix_download.html#fetch_part', 'nanochat/download.py'),

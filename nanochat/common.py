@@ -360,7 +360,7 @@ class RunLog(ExitStack):
     def write(self, step: int, **values: float) -> None:
         "Append the values of one step."
         if self.active:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         for add in self.tell:
             add(step, values)

@@ -306,8 +306,10 @@ HUB_URL = (
 
 def check_parquet(path: Path) -> None:
     "Raise ValueError unless the file ends in a Parquet footer."
+    # Closed before anybody hears of the error: Windows deletes no file that is open.
     try:
-        pq.ParquetFile(path).close()
+        with open(path, "rb") as file:
+            pq.ParquetFile(file)
     except pa.ArrowException as error:
         raise ValueError(f"not a Parquet file ({error})") from None
 

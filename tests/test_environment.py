@@ -67,6 +67,7 @@ def in_a_fork(fork_server):
     return run
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_command_works_or_says_why_not(name, tmp_path, in_a_fork):
     wrong = []
@@ -81,6 +82,7 @@ def test_every_command_works_or_says_why_not(name, tmp_path, in_a_fork):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("columns", [1, 5, 20, 400])
 def test_help_ends_on_any_terminal(columns, tmp_path, in_a_fork):
     for command in COMMANDS:
@@ -88,6 +90,7 @@ def test_help_ends_on_any_terminal(columns, tmp_path, in_a_fork):
         assert code == 0 and "--" in said, (command, said[-500:])
 
 
+@pytest.mark.posix
 def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     for command in ("plan", "speedrun", "base_train"):
         _, said = in_a_fork([command, "--help"], {}, tmp_path)
@@ -98,6 +101,7 @@ def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     assert code == 0 and all(name in said for name in COMMANDS)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("device, why", [("mps", "Apple silicon"), ("cuda", "no GPU")])
 def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     argv = ["base_train", "--preset=cpu", f"--device={device}"]
@@ -105,6 +109,7 @@ def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     assert code == 2 and why in said and "Traceback" not in said
 
 
+@pytest.mark.posix
 def test_an_unwritable_folder(tmp_path, in_a_fork):
     "The umask takes every right away; root may write all the same."
     code, said = in_a_fork(["report"], {}, tmp_path, umask=0o777)
