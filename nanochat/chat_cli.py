@@ -6,9 +6,9 @@
 __all__ = ['ChatCliConfig', 'visible', 'reply', 'converse', 'chat']
 
 # %% ../nbs/08_implementation_details.ipynb #c4a70001
-# The same engine and the same events as the server's, without a server. A conversation is a
-# list of messages that only grows by complete pairs: what was interrupted or refused is
-# taken back. Nothing that the model writes reaches the terminal as a control character.
+# The same engine and events as in the server, without a server. A conversation is a list
+# of messages that grows only by complete pairs: a question whose reply was interrupted or
+# refused is removed again. Control characters in a reply never reach the terminal.
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -27,47 +27,47 @@ from nanochat.server import (
 # %% ../nbs/08_implementation_details.ipynb #c4a70002
 @dataclass(frozen=True)
 class ChatCliConfig:
-    "Whom to talk to, and how replies are sampled."
+    "Chat with a trained model in the terminal."
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
-    """Print the reply to this and leave; empty: a conversation."""
+    """Print the reply to this prompt and exit; empty: start a conversation."""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = ""
-    """The stage to talk to: base, mid, sft or rl; empty: the best that exists."""
+    """Stage of the model: base, mid, sft or rl; empty: the latest that exists."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
-    """0: always the most probable token; higher: more surprising."""
+    """Sampling temperature; 0: always the most probable token."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
-    """Choose among this many tokens; 0: among all."""
+    """Sample from this many most probable tokens; 0: from all."""
     max_tokens: int = 256
-    """Longest reply, in tokens."""
+    """Maximum length of a reply, in tokens."""
     seed: int = -1
-    """Seed of the sampling; -1: a new one for each reply."""
+    """Random seed for sampling; -1: a new seed for each reply."""
     system: str = ""
-    """A system message."""
+    """System message to start the conversation with."""
     tag: str = ""
-    """Model, such as d20; empty: the deepest."""
+    """Tag of the model, such as d20; empty: the deepest."""
     step: int = -1
-    """Checkpoint; -1: the last."""
+    """Step of the checkpoint; -1: the last."""
     device: str = ""
-    """cuda, mps or cpu; empty: the fastest present."""
+    """cuda, mps or cpu; empty: the fastest available."""
     compile: bool = False
-    """Compile the decode step: the first reply has to wait for it. Meant for GPUs."""
+    """Compile the decode step, which delays the first reply. Meant for GPUs."""
 
 # %% ../nbs/08_implementation_details.ipynb #c4a70003
 def visible(text: str) -> str:
-    "Drop control characters: a model must not be able to steer the terminal."
+    "Drop control characters, so that a model cannot control the terminal."
     return "".join(c for c in text if c in "\n\t" or c.isprintable())
 
 
 def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
-    "Print the reply as it arrives and return it as a message."
+    "Generate a reply, printing it as it arrives; return it as a message."
     room = min(config.max_tokens, engine.model.config.sequence_len // 4)
     limit = engine.model.config.sequence_len - room
     ids, dropped = fit_conversation(engine.tokenizer, messages, limit)
     if dropped:
         turns = "turn does" if dropped == 1 else "turns do"
-        print(f"[the oldest {dropped} {turns} not fit into the context any more]")
+        print(f"[the oldest {dropped} {turns} not fit into the context anymore]")
 
-    # Print what arrives, and keep the events: the message is made from them.
+    # Print the events as they arrive, and keep them to build the message.
     sampling = (config.max_tokens, config.temperature, config.top_k)
     seed = None if config.seed < 0 else config.seed
     events = []
@@ -83,10 +83,8 @@ def reply(engine: Engine, messages: list[dict], config: ChatCliConfig) -> dict:
 
 
 def converse(engine: Engine, start: list[dict], config: ChatCliConfig) -> None:
-    "Read, answer, repeat; a reply can be interrupted with Ctrl-C."
-    print(
-        "Type a message; /clear starts a new conversation, /quit (or Ctrl-D) ends it."
-    )
+    "Hold a conversation until the user quits; Ctrl-C interrupts a reply."
+    print("Type a message. /clear starts a new conversation; /quit or Ctrl-D exits.")
     messages = list(start)
     while True:
         try:
@@ -103,7 +101,7 @@ def converse(engine: Engine, start: list[dict], config: ChatCliConfig) -> None:
         if not text:
             continue
 
-        # Only a reply that was finished becomes part of the conversation.
+        # Only a finished reply becomes part of the conversation.
         print("nanochat: ", end="", flush=True)
         try:
             asked = [*messages, {"role": "user", "content": text}]
@@ -111,7 +109,7 @@ def converse(engine: Engine, start: list[dict], config: ChatCliConfig) -> None:
         except UserError as error:
             print(f"[{error}]")
         except KeyboardInterrupt:
-            print(" [stopped; the message was taken back]")
+            print(" [stopped; your message was removed from the conversation]")
 
 # %% ../nbs/08_implementation_details.ipynb #c4a70004
 def chat(config: ChatCliConfig) -> None:
@@ -120,7 +118,7 @@ def chat(config: ChatCliConfig) -> None:
         try:
             import readline  # noqa: F401  arrow keys and history in input()
         except ImportError:
-            pass  # Windows has its own
+            pass  # on Windows, the console provides this
     where = config.source, config.device, config.tag, config.step
     engine, name = load_chat_model(*where, compiled=config.compile)
     start = [{"role": "system", "content": config.system}] if config.system else []

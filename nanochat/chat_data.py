@@ -4,15 +4,15 @@
 __all__ = ['PLACES', 'pack_row', 'cut_to_fit', 'epoch_order', 'render_to_fit', 'row_stream', 'check_some_fit', 'chat_batches']
 
 # %% ../nbs/06_training_process.ipynb #b6eef13e
-# Conversations come as streams of rows with cursors, as text does (see `dataloader`), and
-# differ in three points. A row holds whole conversations: what is too long is cut behind
-# its last complete answer, or dropped if it has none, and both are counted. What they
-# leave of a row is padding. A mask beside the ids says which tokens are learned from, and
-# a target is -1 where the mask of its token is 0.
+# Conversations come as streams of rows with cursors, as text does (see `dataloader`),
+# with three differences. A row holds whole conversations: one that is too long is cut
+# after its last complete answer, or dropped if it has none, and both are counted. The
+# rest of a row is padding. A mask next to the ids says which tokens are learned from; a
+# target is -1 where the mask of its token is 0.
 #
-# An epoch is one pass over the mixture in an order of its own, which follows from the
-# seed and its number. A cursor says the epoch, how many of its conversations have passed,
-# and carries those that wait for a row, as ids and mask.
+# An epoch is one pass over the mixture, in an order that follows from the seed and the
+# epoch's number. A cursor holds the epoch, how many of its conversations have passed,
+# and the ids and masks of the conversations waiting for a row.
 #| doc: Batches of conversations, packed into rows and masked.
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ from .dataloader import Batch, my_streams, to_device
 
 # %% ../nbs/06_training_process.ipynb #86a8e6aa
 def pack_row(
-    waiting: list[tuple[list[int], list[int]]],  # (ids, mask), taken from
+    waiting: list[tuple[list[int], list[int]]],  # (ids, mask); mutated
     room: int,  # T + 1
     pad: int,  # id that fills the rest
 ) -> tuple[list[int], list[int]]:  # ids and mask of one row, T + 1 each
@@ -47,8 +47,8 @@ def cut_to_fit(
     mask: list[int],  # as long as ids
     room: int,  # T + 1
     end: int,  # id of <|assistant_end|>
-) -> tuple[list[int], list[int]] | None:  # None: not one answer fits
-    "Cut a conversation that is too long after its last complete answer."
+) -> tuple[list[int], list[int]] | None:  # None: no answer fits
+    "Cut a conversation that does not fit after its last complete answer."
     if len(ids) <= room:
         return ids, mask
     ends = [i for i in range(room) if ids[i] == end]
@@ -59,11 +59,11 @@ def cut_to_fit(
 # %% ../nbs/06_training_process.ipynb #dc923f27
 def epoch_order(
     size: int,  # conversations in the mixture
-    seed: int,  # of this epoch
+    seed: int,  # a different one in each epoch
     stream: int,
     num_streams: int,
 ) -> list[int]:  # the conversations of one stream, in their order
-    "Shuffle the mixture and take one stream's share."
+    "Shuffle the mixture and return one stream's share."
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(size, generator=generator)[stream::num_streams].tolist()
     if not order:
@@ -71,7 +71,7 @@ def epoch_order(
     return order
 
 # %% ../nbs/06_training_process.ipynb #93582c12
-PLACES = 64  # conversations that wait: with more to choose from, rows have fewer gaps
+PLACES = 64  # waiting conversations: a larger choice leaves less padding
 
 
 def render_to_fit(
@@ -79,9 +79,9 @@ def render_to_fit(
     conversation: dict,
     room: int,  # T + 1
     everything: bool,  # learn from every token, not only the assistant's
-    counts: dict[str, int],  # "cut" and "dropped", counted up here
-) -> tuple[list[int], list[int]] | None:  # ids and mask; None: not one answer fits
-    "Render a conversation no longer than a row, and count what was too long."
+    counts: dict[str, int],  # "cut" and "dropped", incremented here
+) -> tuple[list[int], list[int]] | None:  # ids and mask; None: no answer fits
+    "Render a conversation, cut to fit a row; count it if it was cut or dropped."
     ids, mask = tokenizer.render_conversation(conversation, max_tokens=room + 1)
     if everything:
         mask = [1] * len(ids)
@@ -114,7 +114,7 @@ def row_stream(
     room = shape[1] + 1
     rows = []
     while True:
-        # A factor that no epoch reaches keeps the orders of two seeds apart.
+        # No run reaches a million epochs, so no two seeds share an order.
         order = epoch_order(len(task), 1_000_003 * seed + epoch, stream, num_streams)
         for index in order[passed:]:
             fitting = render_to_fit(tokenizer, task[index], room, everything, counts)
@@ -138,7 +138,7 @@ def check_some_fit(
     seen: int,  # conversations so far
     room: int,  # T + 1
 ) -> None:
-    "Refuse conversations of which none fits: the stream would search for ever."
+    "Raise if no conversation fits, because the stream would search forever."
     if dropped >= seen:
         raise UserError(f"not one of {seen} conversations fits into {room - 1} tokens")
 
@@ -154,13 +154,13 @@ def chat_batches(
     cursors: dict | None = None,  # stream -> cursor, from a checkpoint
     everything: bool = False,  # True for midtraining
     seed: int = 0,
-) -> Iterator[Batch]:  # for ever
+) -> Iterator[Batch]:  # endless
     "Yield this rank's micro-batches of packed conversations."
     cursors = cursors or {}
     shape = (batch_size, seq_len)
     mine = {}
     for stream in my_streams(num_streams):
-        cursor = cursors.get(str(stream))  # JSON has made its number a string
+        cursor = cursors.get(str(stream))  # JSON turns its number into a string
         options = {"cursor": cursor, "everything": everything, "seed": seed}
         mine[stream] = row_stream(
             tokenizer, task, stream, num_streams, shape, **options

@@ -8,28 +8,28 @@ __all__ = ['PLAIN_NAME', 'DEVICE_NAME', 'check_tag', 'stage_folder', 'checkpoint
 #
 #   model.safetensors                      weights, by rank 0
 #   optimizer_00001_of_00008.safetensors   a rank's share of the optimizer's state
-#   cursors_00001.json                     where the streams of a rank stand
+#   cursors_00001.json                     cursors of the streams of a rank
 #   meta.json                              step, model, settings, and the SHA-256 of each
 #                                          file, itself included
 #
-# Whatever has the name `step_...` is whole. `.step_000020.tmp` is being written and
-# `.step_000020.old` is being deleted; the next save removes what was left of either.
+# A folder named `step_...` is complete. `.step_000020.tmp` is being written and
+# `.step_000020.old` is being deleted; the next save removes leftovers of either kind.
 #
-# The protocol of `save`, and why its steps stand in this order:
-#   1  Rank 0 makes the `.tmp` folder. Barrier: nobody writes before it is there.
-#   2  Every rank writes its share. Barrier: nobody counts before all have written.
-#   3  Rank 0 writes the weights, then `meta.json` with the digests of all the others.
-#   4  All of it is forced to the disk, since after a loss of power a new name may have
-#      survived that points to old content.
-#   5  Only then the folder gets its name, in one step that happens or does not; and the
-#      name is forced to the disk as well.
-#   6  Only then older checkpoints go: first they lose their names, then their files. So
-#      a crash at any point leaves the checkpoints from before, or the new one too.
-#   7  Barrier: nobody goes on as if the step were saved before it is.
+# The protocol of `save`, and why its steps come in this order:
+#   1  Rank 0 makes the `.tmp` folder. Barrier: no rank writes before it exists.
+#   2  Every rank writes its share. Barrier: no hashing before all have written.
+#   3  Rank 0 writes the weights, then `meta.json` with the digests of all other files.
+#   4  All files are forced to the disk; otherwise, after a power failure, the new name
+#      might exist but point to old content.
+#   5  Only then is the folder renamed, atomically, and the new name is forced to the
+#      disk as well.
+#   6  Only then are older checkpoints deleted: first their names, then their files. So a
+#      crash at any point leaves the earlier checkpoints, the new one, or both.
+#   7  Barrier: no rank continues as if the step were saved before it is.
 #
-# Nothing is pickled: reading a checkpoint runs no code. `read_meta` believes no file
-# whose digest it has not computed.
-#| doc: Crash-safe checkpoints: written whole or not at all, never unpickled.
+# Nothing is pickled: reading a checkpoint runs no code. `read_meta` trusts no file whose
+# digest it has not verified.
+#| doc: Save and load crash-safe checkpoints: complete or absent, and never pickled.
 import errno
 import hashlib
 import json
@@ -58,16 +58,16 @@ from .gpt import GPT, GPTConfig
 
 # %% ../nbs/06_training_process.ipynb #ad57f9df
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Windows keeps these names for devices, in any case and with any ending.
+# Windows reserves these names for devices, in any case and with any extension.
 DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def check_tag(
     tag: str,  # e.g. "d20"
 ) -> str:  # the same
-    "Refuse a tag that is not one plain name. Raises UserError."
-    # A tag becomes a folder whose checkpoints are deleted one day: "..", "a/b" or
-    # "/home" would make that somebody else's folder.
+    "Raise UserError unless a tag is one plain name; return it unchanged."
+    # A tag names a folder whose old checkpoints get deleted: with "..", "a/b" or
+    # "/home" that could be somebody else's folder.
     plain = PLAIN_NAME.fullmatch(tag) and not tag.endswith(".")
     if not plain or DEVICE_NAME.fullmatch(tag):
         raise UserError(
@@ -95,7 +95,7 @@ def checkpoint_folder(
 
 
 def list_steps(folder: Path) -> list[int]:  # ascending
-    "List the steps of which the folder has a complete checkpoint."
+    "List the steps for which a folder has a complete checkpoint."
     names = [f.name for f in folder.glob("step_*")] if folder.is_dir() else []
     return sorted(int(n[5:]) for n in names if re.fullmatch(r"step_\d{6,}", n))
 
@@ -116,16 +116,16 @@ def barrier() -> None:
 
 
 def save(
-    folder: Path,  # of the run
+    folder: Path,  # the run's folder
     step: int,  # optimizer steps done
     model: GPT,
     optimizer=None,  # state_dict() -> {name: tensor}, this rank's share
     cursors: dict | None = None,  # stream -> cursor, this rank's streams
     *,
     meta: dict | None = None,  # anything JSON can hold
-    keep: int = 2,  # newest checkpoints that stay, this one included; 0: all
+    keep: int = 2,  # newest checkpoints to keep, including this one; 0: all
 ) -> Path:  # the new checkpoint
-    "Write a checkpoint; it appears under its name only when it is whole."
+    "Write a checkpoint, which gets its final name only when it is complete."
     rank, _, world = get_dist_info()
     target = folder / f"step_{step:06d}"
     work = folder / f".step_{step:06d}.tmp"
@@ -133,20 +133,20 @@ def save(
     state = optimizer.state_dict() if optimizer else {}
     size = sum(t.nbytes for t in [*weights.values(), *state.values()])
     with explain_failure(work, size):
-        # A place to write.
+        # Prepare a folder to write to.
         if rank == 0:
             sweep(folder)
             work.mkdir(parents=True)
         barrier()
 
-        # Every rank's share.
+        # Write every rank's share.
         if optimizer is not None:
             state = {k: v.contiguous() for k, v in state.items()}
             save_file(state, work / f"optimizer_{rank:05d}_of_{world:05d}.safetensors")
             write_atomic(work / f"cursors_{rank:05d}.json", json.dumps(cursors or {}))
         barrier()
 
-        # The weights, the description, the name; then the oldest can go.
+        # Write the weights and description, rename, then delete the oldest.
         if rank == 0:
             save_file(weights, work / "model.safetensors")
             finish(work, target, step, model, meta or {})
@@ -157,14 +157,14 @@ def save(
 
 # %% ../nbs/06_training_process.ipynb #13d9b4df
 def sweep(
-    folder: Path,  # of a run
+    folder: Path,  # a run's folder
     spare: list[int] | None = None,  # steps to keep; None: all
 ) -> None:
-    "Delete checkpoints and what an interrupted save left."
+    "Delete checkpoints, and anything left by an interrupted save."
     unwanted = []
     if spare is not None:
         unwanted = [step for step in list_steps(folder) if step not in spare]
-    # The name goes first: half a checkpoint must not bear one.
+    # Rename first, so that a half-deleted checkpoint never has a valid name.
     for step in unwanted:
         name = f"step_{step:06d}"
         os.replace(folder / name, folder / f".{name}.old")
@@ -173,10 +173,11 @@ def sweep(
 
 
 def sync(path: Path) -> None:
-    "Force a file, or the names in a folder, to the disk."
+    "Force a file, or a folder's list of names, to the disk."
     if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder; it writes names through
-    handle = os.open(path, os.O_RDONLY)
+        return  # Windows cannot open a folder, and writes names to disk at once
+    # Windows syncs only writable handles; Linux opens folders only for reading.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -188,28 +189,28 @@ def explain_failure(
     work: Path,  # the unfinished checkpoint
     size: int,  # bytes it needs
 ):
-    "Remove a checkpoint that cannot be written and say what to do."
+    "Remove a checkpoint that cannot be written, and raise an error with the remedy."
     try:
         yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
         steps = list_steps(work.parent)
-        last = f"step {steps[-1]} is whole" if steps else "there was none before it"
+        last = f"step {steps[-1]} is intact" if steps else "there were none"
         megabytes = -(-size // 10**6)
-        # An error of safetensors has no number, only the text of the system's.
+        # Errors from safetensors carry no errno, only the system's message.
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         what = "disk full" if full else "cannot write"
         remedy = f"free {megabytes} MB" if full else "make the folder writable"
         raise UserError(
             f"{what}: {error}; the checkpoint {work.parent / work.stem[1:]} was not "
-            f"saved, nothing before it is lost ({last}): {remedy} and run the same "
+            f"saved; no earlier checkpoint is lost ({last}): {remedy} and run the same "
             "command again"
         ) from error
 
 # %% ../nbs/06_training_process.ipynb #daef05ff
 def finish(work: Path, target: Path, step: int, model: GPT, meta: dict) -> None:
-    "Describe a checkpoint, force it to the disk and give it its name."
+    "Write a checkpoint's description, force all files to disk and rename the folder."
     record = {
         "format": 2,
         "step": step,
@@ -221,7 +222,7 @@ def finish(work: Path, target: Path, step: int, model: GPT, meta: dict) -> None:
     record["sha256_of_this"] = fingerprint(record)
     write_atomic(work / "meta.json", json.dumps(record, indent=1))
 
-    # To the disk, then the name. A checkpoint of this step from before makes room.
+    # Sync first, then rename; an earlier checkpoint of this step makes room.
     for path in [*work.iterdir(), work]:
         sync(path)
     if target.exists():
@@ -231,7 +232,7 @@ def finish(work: Path, target: Path, step: int, model: GPT, meta: dict) -> None:
 
 
 def fingerprint(record: dict) -> str:
-    "Return the SHA-256 of a description, whatever its layout."
+    "Return the SHA-256 of a description, independent of its formatting."
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 # %% ../nbs/06_training_process.ipynb #a66676e5
@@ -239,16 +240,16 @@ def read_meta(
     path: Path,  # a checkpoint
     files: str = "*",  # pattern of the files to verify
 ) -> dict:
-    "Read a checkpoint's description and verify its files."
-    # What the user can do, whatever is wrong with it.
+    "Return a checkpoint's description after verifying its files."
+    # The remedy is the same, whatever is wrong with the checkpoint.
     earlier = [s for s in list_steps(path.parent) if f"step_{s:06d}" < path.name]
     then = f"step {earlier[-1]} is used" if earlier else "train again"
     remedy = f"delete {path} and {then}"
 
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
         own = meta.pop("sha256_of_this", None)
-        signed = meta["format"] != 1  # the first format had no digest of its own
+        signed = meta["format"] != 1  # format 1 had no digest of the description
         damaged = ["meta.json"] if signed and own != fingerprint(meta) else []
         for name, sha in meta["sha256"].items():
             if fnmatch(name, files) and digest(path / name) != sha:
@@ -264,9 +265,9 @@ def read_meta(
 # %% ../nbs/06_training_process.ipynb #c0f16013
 def amend(
     path: Path,  # a checkpoint
-    **facts,  # what its description shall say besides, or instead
+    **facts,  # entries to add or replace in its description
 ) -> None:
-    "Add facts to a checkpoint's description; its weights stay as they are."
+    "Add entries to a checkpoint's description without touching its weights."
     if get_dist_info()[0] == 0:
         record = read_meta(path, files="meta.json") | facts
         record["sha256_of_this"] = fingerprint(record)
@@ -278,9 +279,9 @@ def amend(
 def fit_weights(
     model: GPT,
     weights: dict[str, torch.Tensor],  # name -> values, in any floating dtype
-    path: Path,  # where they come from, for the complaint
+    path: Path,  # where they come from, for the error message
 ) -> None:
-    "Copy weights into a model of the same shape, or list what does not fit."
+    "Copy weights into a model, or raise UserError listing the tensors that do not fit."
     wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     wrong = [
@@ -297,19 +298,19 @@ def fit_weights(
 
 
 def load_weights(model: GPT, path: Path) -> None:
-    "Fill a model with a checkpoint's weights."
+    "Load a checkpoint's weights into a model."
     try:
         weights = load_file(path / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} has no readable weights: {error}") from None
+        raise UserError(f"cannot read the weights of {path}: {error}") from None
     fit_weights(model, weights, path)
 
 # %% ../nbs/06_training_process.ipynb #b2e364ab
-def depth_of(folder: Path) -> int:  # layers; -1: no checkpoint of it can be read
-    "Read the depth of a run's newest checkpoint."
+def depth_of(folder: Path) -> int:  # layers; -1: its checkpoint cannot be read
+    "Return the depth of a run's newest checkpoint."
     newest = folder / f"step_{list_steps(folder)[-1]:06d}"
     try:
-        meta = json.loads((newest / "meta.json").read_text())
+        meta = json.loads((newest / "meta.json").read_text("utf-8"))
         return int(meta["model_config"]["n_layer"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
@@ -319,12 +320,12 @@ def deepest_tag(
     parent: Path,  # folder of a stage's runs
     tags: list[str],  # at least one
 ) -> str:
-    "Choose the run with the most layers, if one of them has."
+    "Return the run with the most layers. Raises UserError if there are several."
     depths = {tag: depth_of(parent / tag) for tag in tags}
     deepest = [tag for tag in tags if depths[tag] == max(depths.values())]
     if len(deepest) > 1:
         raise UserError(
-            f"{parent} has several models of the same depth: choose one of "
+            f"{parent} has several models of the greatest depth: choose one of "
             f"{', '.join(sorted(deepest))} with --tag (or --source-tag)"
         )
     return deepest[0]
@@ -335,19 +336,19 @@ def find_checkpoint(
     tag: str = "",  # empty: the deepest model
     step: int = -1,  # -1: the last
 ) -> Path:
-    "Locate a checkpoint or list the ones that exist."
+    "Locate a checkpoint, or raise UserError listing those that exist."
     parent = stage_folder(source)
     if tag:
         check_tag(tag)
 
-    # Which run? Only those count that have a whole checkpoint.
+    # Choose the run, among those with a complete checkpoint.
     folders = parent.glob("*") if parent.is_dir() else []
     tags = [folder.name for folder in folders if list_steps(folder)]
     if not tags:
         raise UserError(f"there is no {source} model in {parent}: train one first")
     folder = parent / (tag or deepest_tag(parent, tags))
 
-    # Which step of it?
+    # Choose its step.
     steps = list_steps(folder)
     wanted = steps[-1] if steps and step < 0 else step
     if wanted not in steps:
@@ -358,26 +359,26 @@ def find_checkpoint(
 
 # %% ../nbs/06_training_process.ipynb #f7c65c71
 def read_config(record: dict, path: Path) -> GPTConfig:
-    "Make a model's configuration of a description, or name what it must not say."
+    "Build a model's configuration from a description. Raises UserError."
     known = [f.name for f in fields(GPTConfig)]
     if unknown := [f"{k}={v!r}" for k, v in record.items() if k not in known]:
         raise UserError(
-            f"{path} was made by another version, this one does not know "
+            f"{path} was made by another version of nanochat; this one does not know "
             f"{', '.join(unknown)}: load it with that version"
         )
     try:
         return GPTConfig(**record)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes no model: {error}") from None
+        raise UserError(f"{path} does not describe a valid model: {error}") from None
 
 
 def check_tokenizer(meta: dict, tokenizer, path: Path) -> None:
-    "Refuse a tokenizer that the checkpoint was not trained with."
+    "Raise UserError unless this is the tokenizer the checkpoint was trained with."
     size = meta["model_config"]["vocab_size"]
     mine = tokenizer.get_vocab_size()
     if size != mine or meta.get("tokenizer") not in (None, tokenizer.fingerprint()):
         raise UserError(
-            f"{path} was trained with another tokenizer (vocabulary {size}, here {mine}): "
+            f"{path} was trained with another tokenizer ({size} tokens; this one has {mine}): "
             "restore that tokenizer or train the model again"
         )
 
@@ -385,7 +386,7 @@ def check_tokenizer(meta: dict, tokenizer, path: Path) -> None:
 def build_model(
     config: GPTConfig,
     device: torch.device,
-    seed: int | None = None,  # None: leave the weights for a checkpoint to fill
+    seed: int | None = None,  # None: leave the weights uninitialized, to be loaded
 ) -> GPT:
     "Allocate a model directly on its device."
     with torch.device("meta"):
@@ -403,8 +404,8 @@ def load_model(
     tag: str = "",
     step: int = -1,
 ):  # model in eval mode, tokenizer, meta
-    "Load a trained model with the tokenizer that belongs to it."
-    # Here, so that training can be imported where the tokenizer's crate is missing.
+    "Load a trained model and its tokenizer."
+    # Imported here, because training must not require the tokenizer's Rust crate.
     from nanochat.tokenizer import get_tokenizer
 
     path = find_checkpoint(source, tag, step)
@@ -420,11 +421,11 @@ def load_optimizer(
     path: Path,  # a checkpoint
     optimizer,  # load_state_dict(list of shares)
 ) -> None:
-    "Restore an optimizer's state. Raises UserError where it is missing or does not fit."
+    "Restore an optimizer's state. Raises UserError if it is missing or does not fit."
     shares = sorted(path.glob("optimizer_*.safetensors"))
     if not shares:
         raise UserError(
-            f"{path} has no optimizer state: it cannot be continued; train it again, "
+            f"{path} has no optimizer state and cannot be resumed: train it again, "
             "or start without --warm-start"
         )
     optimizer.load_state_dict([load_file(f) for f in shares])
@@ -435,17 +436,18 @@ def load_training_state(
     model: GPT,
     optimizer,  # load_state_dict(list of shares)
 ) -> dict:  # stream -> cursor, of all ranks
-    "Restore weights and optimizer; return where every stream of text stands."
+    "Restore weights and optimizer; return the cursors of all streams."
     load_weights(model, path)
     load_optimizer(path, optimizer)
-    cursors = [json.loads(f.read_text()) for f in sorted(path.glob("cursors_*.json"))]
+    files = sorted(path.glob("cursors_*.json"))
+    cursors = [json.loads(file.read_text("utf-8")) for file in files]
     return {stream: cursor for part in cursors for stream, cursor in part.items()}
 
 # %% ../nbs/06_training_process.ipynb #d4e9a602
 def use_deterministic() -> None:
-    "Make this process repeat itself bit for bit on a GPU too, at some cost in speed."
-    # Without it cuBLAS may split a sum in two ways, by what else is running.
+    "Make this process repeatable bit for bit on a GPU too, at some cost in speed."
+    # Otherwise cuBLAS may split a sum differently, depending on what else is running.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    # Memory that nobody has written yet need not be filled: we write before we read.
+    # New memory need not be filled with NaN: we always write before we read.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -41,6 +41,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,8 @@ def check_device(
         raise UserError(
             "device mps was requested, but it needs a Mac with Apple silicon: use cpu"
         )
+
+    # A preset made for GPUs, on a CPU only because nothing else was found: a likely slip.
     preset = os.environ.get("NANOCHAT_PRESET", "")
     if preset in NEEDS_GPU and kind != "cuda" and not chosen:
         raise UserError(
@@ -540,13 +543,19 @@ def parse_config(
     # tyro lays out help in boxes, and loops forever on a very narrow terminal.
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"
-    read = tyro.cli(
+    read_words = partial(
+        tyro.cli,
         without_check(config_class),
-        args=preset_words(stage, options) + typed,
         prog=program or f"python -m scripts.{stage}",
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
         console_outputs=get_dist_info()[0] == 0,  # the other ranks would print the same
     )
+    from_preset = preset_words(stage, options)
+    if {"-h", "--help"} & set(typed):
+        # Help names the values that would run here, which are the preset's.
+        note = f"{config_class.__doc__} Defaults here: preset {detect_preset()}."
+        read_words(args=typed, default=read_words(args=from_preset), description=note)
+    read = read_words(args=from_preset + typed)
     names = [option.name for option in dataclasses.fields(config_class)]
     return config_class(**{name: getattr(read, name) for name in names})
 

@@ -4,15 +4,15 @@
 __all__ = ['WIDER', 'small_config', 'small_model', 'loss_and_gradients', 'compare', 'check_compiled', 'compiled_differs', 'compile_model']
 
 # %% ../nbs/06_training_process.ipynb #b2c7d102
-# A compiler that makes a mistake makes it silently: the loss falls, only less. So before
-# a long run a small model of the same options, kernel and device goes through one step
-# compiled and eager, and a third time in wider numbers (`WIDER`). The rule of `compare`:
-# for each parameter, compiled may be as far from exact as twice what eager is, plus a few
-# roundings. Distances are norms of differences, relative to the exact gradient's norm.
+# Compiler bugs are silent: the loss still falls, only more slowly. So before a long run, a
+# small model with the same options, kernel and device takes one step compiled, one eager,
+# and one eager in a wider dtype (`WIDER`). The rule of `compare`: for each parameter, the
+# compiled gradient may be twice as far from exact as the eager one, plus a few roundings.
+# Distances are norms of differences, relative to the exact gradient's norm.
 #
-# Nothing here raises: a model that fails the comparison, on any rank, is used as it is,
+# Nothing here raises: if the comparison fails on any rank, the model is used uncompiled,
 # with one warning.
-#| doc: Compile a model, but only after a small one has shown that its gradients survive it.
+#| doc: Compile a model, but only if a small one shows that its gradients stay correct.
 import os
 import time
 from dataclasses import replace
@@ -33,14 +33,14 @@ from .head import CHUNK
 def small_config(
     config: GPTConfig,
 ) -> GPTConfig:
-    "Shrink a model in every size, and keep every option."
+    "Shrink all sizes of a model and keep its options."
     heads = min(2, config.n_head)
     return replace(
         config,
         sequence_len=min(config.sequence_len, 128),
         short_window=min(config.short_window, 32),
         vocab_size=min(config.vocab_size, 250),
-        # A whole period of windows, so that each kind of layer is there.
+        # A whole period of windows, so that every kind of layer is included.
         n_layer=min(config.n_layer, max(2, len(config.window_pattern))),
         n_head=heads,
         n_kv_head=1 if config.n_kv_head < config.n_head else heads,
@@ -55,7 +55,7 @@ def small_model(
     dtype: torch.dtype,
     fp8: bool,
 ) -> GPT:
-    "Make a model in which every parameter has a gradient."
+    "Build a model in which every parameter gets a gradient."
     with torch.device("meta"):
         model = GPT(config, dtype)
     model = model.to_empty(device=device)
@@ -71,14 +71,14 @@ def small_model(
 
 
 def loss_and_gradients(
-    called,  # the model, or its compiled form
+    called,  # the model, or its compiled version
     model: GPT,
 ) -> dict[str, Tensor]:  # "loss", and the gradient of each parameter
     "Run one batch of random tokens forward and backward."
     config = model.config
     device = model.get_device()
     length = config.sequence_len
-    rows = 2 if length == 128 else 16  # fp8 wants a multiple of 16 positions
+    rows = 2 if length == 128 else 16  # fp8 needs a multiple of 16 positions
     dice = torch.Generator(device).manual_seed(1)
     shape = (rows, length + 1)
     ids = torch.randint(config.vocab_size, shape, generator=dice, device=device)
@@ -99,15 +99,15 @@ WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 def compare(
     compiled: dict[str, Tensor],  # "loss" and gradients, as `loss_and_gradients` says
     eager: dict[str, Tensor],
-    exact: dict[str, Tensor],  # in wider numbers
-    eps: float,  # gap behind 1 of the dtype
-) -> tuple[float, dict[str, float]]:  # largest relative distance, and what is too far
-    "Measure how far compiled gradients are from eager ones."
+    exact: dict[str, Tensor],  # in a wider dtype
+    eps: float,  # the dtype's gap above 1
+) -> tuple[float, dict[str, float]]:  # largest relative distance; those too far off
+    "Compare compiled gradients with eager ones."
     norms = {name: x.double().norm().item() for name, x in exact.items()}
     floor = 1e-3 * max(norms.values())  # gradients that should be 0 are all rounding
 
     def distance(name: str, x: Tensor, y: Tensor) -> float:
-        "Measure how far two gradients of a parameter are apart, relative to its norm."
+        "Return the distance of two gradients, relative to the exact one's norm."
         return (x.double() - y.double()).norm().item() / max(norms[name], floor)
 
     error = {name: distance(name, x, exact[name]) for name, x in eager.items()}
@@ -118,7 +118,7 @@ def compare(
         apart = distance(name, x, eager[name])
         worst = max(worst, apart)
         allowed = 2 * max(error[name], usual) + 4 * eps
-        if not distance(name, x, exact[name]) <= allowed:  # also if it is not a number
+        if not distance(name, x, exact[name]) <= allowed:  # true for NaN as well
             bad[name] = apart
     return worst, bad
 
@@ -129,10 +129,10 @@ def check_compiled(
     dtype: torch.dtype,
     *,
     fp8: bool = False,
-    kernel: str = "",  # of attention, where one is forced
-    **options,  # of torch.compile
-) -> tuple[str, str]:  # what is wrong, or ""; else what was found
-    "Compare compiled with eager gradients on a small model of the same options."
+    kernel: str = "",  # attention kernel, if one is forced
+    **options,  # for torch.compile
+) -> tuple[str, str]:  # what is wrong, or ""; what was found
+    "Compare compiled with eager gradients on a small model with the same options."
     begun = time.perf_counter()
     shape = small_config(config)
     model = small_model(shape, device, dtype, fp8)
@@ -144,11 +144,11 @@ def check_compiled(
         torch._dynamo.reset()
         called = torch.compile(model, dynamic=False, **options)
         compiled = loss_and_gradients(called, model)
-    except Exception as error:  # whatever a compiler may raise
+    except Exception as error:  # a compiler may raise anything
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"it failed with {type(error).__name__}: {first}", ""
+        return f"torch.compile failed with {type(error).__name__}: {first}", ""
     finally:
-        torch._dynamo.reset()  # the real model begins with a clean slate
+        torch._dynamo.reset()  # a clean start for the real model
     worst, bad = compare(compiled, eager, exact, torch.finfo(dtype).eps)
     if bad:
         name = max(bad, key=bad.get)
@@ -171,10 +171,10 @@ def compiled_differs(
 # %% ../nbs/06_training_process.ipynb #b2c7d10f
 def compile_model(
     model: GPT,
-    mode: str | None = None,  # of torch.compile, such as "max-autotune-no-cudagraphs"
+    mode: str | None = None,  # for torch.compile, e.g. "max-autotune-no-cudagraphs"
     backend: str = "inductor",
 ):  # called like the model
-    "Compile a model if a small one's gradients survive it, else leave it and say so."
+    "Compile a model if a small one's gradients stay correct; otherwise warn."
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         print0("compile: TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled")
         return model
@@ -186,13 +186,13 @@ def compile_model(
     }
     wrong, found = check_compiled(model.config, device, model.dtype, **same, **options)
 
-    # All ranks or none: they would wait for each other in different places.
+    # All ranks or none; otherwise they would wait for each other in different places.
     fine = torch.tensor(int(not wrong), device=device)
     if dist.is_initialized():
         dist.all_reduce(fine, dist.ReduceOp.MIN)
     if not fine:
         wrong = wrong or "another rank found a difference"
-        print0(f"WARNING: compile: {wrong}; this run goes on uncompiled, and slower")
+        print0(f"WARNING: compile: {wrong}; this run continues uncompiled and slower")
         return model
     print0(f"compile: {found}")
     return torch.compile(model, dynamic=False, **options)

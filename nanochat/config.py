@@ -4,109 +4,109 @@
 __all__ = ['idle', 'OptimConfig', 'TrainConfig', 'TextConfig', 'BaseConfig', 'ChatConfig', 'weight_settings', 'changed_settings']
 
 # %% ../nbs/06_training_process.ipynb #c0f16001
-# One frozen dataclass for each stage. The command line, the presets of settings.ini, the
-# checkpoint and the documentation all read it: a field is an option, its comment the
-# option's help, its default stands only here.
+# One frozen dataclass per stage. The command line, the presets in settings.ini, the
+# checkpoint and the documentation all read it: each field is an option, its comment is
+# the option's help, and its default is defined only here.
 #
-# Invariant: a field determines the weights, unless it is declared `idle`. A run continues
-# a checkpoint only if all settings that determine the weights are equal; idle ones may
-# change in between. -1 means "as many as follow from the rest", 0 or an empty string
-# "none" or "the usual", as the comment says.
-#| doc: The settings of every training stage, and which of them determine the weights.
+# Invariant: a field determines the weights unless it is declared `idle`. A run resumes a
+# checkpoint only if all settings that determine the weights are equal; idle ones may
+# change. -1 means "derive it from the other settings", and 0 or an empty string means
+# "none" or "choose automatically", as the comment says.
+#| doc: Define the settings of every training stage and which of them affect weights.
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 
 def idle(
     default: Any,
-) -> Any:  # for a field of a dataclass
+) -> Any:  # a field of a dataclass
     "Declare a setting that has no effect on the weights, such as how often to save."
     return field(default=default, metadata={"weights": False})
 
 # %% ../nbs/06_training_process.ipynb #c0f16003
 @dataclass(frozen=True)
 class OptimConfig:
-    "Learning rates and constants of the two optimizers."
+    "Learning rates and other settings of the two optimizers, AdamW and Muon."
 
-    embedding_lr: float = 0.2  # AdamW on the token embedding, at width 768
-    unembedding_lr: float = 0.004  # AdamW on the head, at width 768
-    scalar_lr: float = 0.04  # AdamW on scalars and vectors, at width 768
-    matrix_lr: float = 0.02  # Muon on the matrices of the blocks, at any width
-    weight_decay: float = 0.0  # decoupled, for AdamW
-    matrix_weight_decay: float = 0.0  # cautious, for Muon
-    betas: tuple[float, float] = (0.8, 0.95)  # decay of AdamW's two averages
-    eps: float = 1e-10  # of AdamW
-    matrix_method: str = "newton-schulz"  # of Muon's iteration, or cans: two steps
-    matrix_dtype: str = ""  # of Muon's iteration; empty: bfloat16 on GPUs that have it
-    matrix_beta2: float | None = None  # NorMuon's average per row; None: off
+    embedding_lr: float = 0.2  # AdamW learning rate of the embedding, at width 768
+    unembedding_lr: float = 0.004  # AdamW learning rate of the head, at width 768
+    scalar_lr: float = 0.04  # AdamW learning rate of scalars and vectors, at width 768
+    matrix_lr: float = 0.02  # Muon learning rate of the block matrices, at any width
+    weight_decay: float = 0.0  # decoupled weight decay of AdamW
+    matrix_weight_decay: float = 0.0  # cautious weight decay of Muon
+    betas: tuple[float, float] = (0.8, 0.95)  # decay rates of AdamW's two averages
+    eps: float = 1e-10  # epsilon in AdamW's denominator
+    matrix_method: str = "newton-schulz"  # Muon's iteration; or cans (two steps)
+    matrix_dtype: str = ""  # dtype of that iteration; empty: bfloat16 if the GPU has it
+    matrix_beta2: float | None = None  # decay of NorMuon's per-row average; None: off
 
 # %% ../nbs/06_training_process.ipynb #c0f16005
 @dataclass(frozen=True)
 class TrainConfig:
-    "What every stage that changes weights lets you choose."
+    "Settings shared by all training stages."
 
     optimizer: OptimConfig = field(default_factory=OptimConfig)
-    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no limit
-    seed: int = 42
-    dtype: str = ""  # bfloat16 or float32; empty: bfloat16 on GPUs that have it
-    device: str = idle("")  # cuda, mps or cpu; empty: the fastest present
-    deterministic: bool = idle(False)  # equal runs bit for bit on GPUs too, but slower
-    eval_every: int = idle(250)  # steps between measurements; -1: only at the end
-    save_every: int = idle(-1)  # steps between checkpoints; the last is always saved
-    keep: int = idle(2)  # newest checkpoints that stay; 0: all
-    tag: str = idle("")  # name of the run; empty: d<depth>, or that of the source
-    tracker: str = idle("")  # tensorboard, trackio or wandb; several with commas
-    overwrite: bool = idle(False)  # replace a run of other settings
+    tag: str = idle("")  # name of the run; empty: d<depth>, or the source's name
+    device: str = idle("")  # cuda, mps or cpu; empty: the fastest available
+    dtype: str = ""  # bfloat16 or float32; empty: bfloat16 if the GPU supports it
+    seed: int = 42  # seed of the initial weights and of every shuffle
+    deterministic: bool = idle(False)  # bit-for-bit repeatable on GPUs, but slower
+    grad_clip: float = 0.0  # clip the gradient's norm to this value; 0: never clip
+    eval_every: int = idle(250)  # steps between evaluations; -1: only at the end
+    save_every: int = idle(-1)  # steps between checkpoints; -1: only at the end
+    keep: int = idle(2)  # number of newest checkpoints to keep; 0: all
+    tracker: str = idle("")  # tensorboard, trackio or wandb, comma-separated
+    overwrite: bool = idle(False)  # replace a run that had different settings
 
 # %% ../nbs/06_training_process.ipynb #c0f16007
 @dataclass(frozen=True)
 class TextConfig(TrainConfig):
-    "Stages that learn from given tokens, by `nanochat.train.train`."
+    "Settings of the stages that train on given tokens with `nanochat.train.train`."
 
-    device_batch_size: int = 32  # rows of a forward pass on one device
-    total_batch_size: int = 524_288  # tokens of an optimizer step
-    num_iterations: int = -1  # optimizer steps; -1: from the ratio, or one pass
-    lr_frac: float = 1.0  # factor on all learning rates
-    warmup_ratio: float = 0.0  # share of the steps in which the rate rises
-    warmdown_ratio: float = 0.2  # share of the steps in which it falls
-    final_lr_frac: float = 0.0  # factor that is left after the last step
-    eval_tokens: int = idle(10_485_760)  # validation tokens of a measurement
-    compile: bool | None = idle(None)  # torch.compile; None: on GPUs only
-    fp8: bool = False  # products of the blocks in eight bits: H100 and later
+    num_iterations: int = -1  # optimizer steps; -1: derived, or one pass over the data
+    device_batch_size: int = 32  # rows per forward pass on one device
+    total_batch_size: int = 524_288  # tokens per optimizer step, over all devices
+    lr_frac: float = 1.0  # multiplies all learning rates
+    warmup_ratio: float = 0.0  # fraction of the steps spent on warmup
+    warmdown_ratio: float = 0.2  # fraction of the steps spent on warmdown
+    final_lr_frac: float = 0.0  # final learning rate as a fraction of the peak
+    eval_tokens: int = idle(10_485_760)  # validation tokens per evaluation
+    compile: bool | None = idle(None)  # use torch.compile; None: on GPUs only
+    fp8: bool = False  # FP8 matrix products in the blocks (H100 or newer)
 
 # %% ../nbs/06_training_process.ipynb #95a44f06
 @dataclass(frozen=True)
 class BaseConfig(TextConfig):
-    "Pretraining: `python -m scripts.base_train --depth=6`."
+    "Pretrain a model on text, for example with --depth 6."
 
-    depth: int = 20  # layers: the one dial
-    aspect_ratio: int = 64  # width of the model for each layer
-    kv_heads: int = 0  # key-value heads; 0: as many as query heads
-    arch: str = "default"  # default, or modern: later ideas switched on
-    max_seq_len: int = 2048  # T, tokens of context
-    param_data_ratio: float = 20.0  # training tokens for each parameter
+    depth: int = 20  # number of layers: the one dial
     data: str = ""  # embedded, hub, a path to .parquet or .txt files, or hf:NAME
-    best_fit: bool = False  # rows begin with a document; what does not fit is cropped
-    save_every: int = idle(1000)
-    dry_run: bool = idle(False)  # walk through one step without data, then stop
-    world: int = idle(8)  # ranks of a dry run
+    max_seq_len: int = 2048  # T, context length in tokens
+    param_data_ratio: float = 20.0  # training tokens per parameter
+    aspect_ratio: int = 64  # model width per layer
+    kv_heads: int = 0  # key-value heads; 0: as many as query heads
+    arch: str = "default"  # default, or modern (with later ideas)
+    best_fit: bool = False  # start each row with a document; crop what does not fit
+    save_every: int = idle(1000)  # steps between checkpoints; -1: only at the end
+    dry_run: bool = idle(False)  # walk through one step without training, then stop
+    world: int = idle(8)  # number of ranks in a dry run
 
 # %% ../nbs/06_training_process.ipynb #86b293f5
 @dataclass(frozen=True)
 class ChatConfig(TextConfig):
-    "Midtraining and fine-tuning: they continue a model on conversations."
+    "Continue training a model on conversations: midtraining and fine-tuning."
 
-    mixture: str = "small"  # small: the embedded conversations; full: from the hub
-    extra: str = ""  # a .jsonl file of your own conversations, one on each line
-    extra_epochs: float = 1  # how often each of them is seen in one pass
-    warm_start: bool = False  # begin with the optimizer state of the model continued
-    eval_every: int = idle(150)
-    source_tag: str = idle("")  # which model to continue; empty: the deepest
+    source_tag: str = idle("")  # tag of the model to train further; empty: the deepest
+    mixture: str = "small"  # small: embedded conversations; full: from the hub
+    extra: str = ""  # a .jsonl file of your own conversations, one per line
+    extra_epochs: float = 1  # how often each of them is seen per pass over the data
+    warm_start: bool = False  # start from the source model's optimizer state
+    eval_every: int = idle(150)  # steps between evaluations; -1: only at the end
 
 # %% ../nbs/06_training_process.ipynb #c0f16010
 def weight_settings(
-    config: Any,  # a dataclass of settings, or one that a dataclass holds
-) -> dict[str, Any]:  # name -> value, without a level for the optimizer
+    config: Any,  # a dataclass of settings, possibly nested
+) -> dict[str, Any]:  # name -> value; the optimizer's settings are not nested
     "Return the settings that determine the weights."
     found = {}
     for setting in fields(config):
@@ -114,19 +114,19 @@ def weight_settings(
         if is_dataclass(value):
             found |= weight_settings(value)
         elif setting.metadata.get("weights", True):
-            # As JSON gives it back: a tuple comes as a list.
+            # JSON returns a tuple as a list, so compare lists.
             found[setting.name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
 def changed_settings(
-    saved: dict[str, Any],  # the settings that a checkpoint holds
-    config: TrainConfig,  # of the run that wants to continue it
-) -> dict[str, tuple[Any, Any]]:  # name -> value there, value here
-    "Compare the settings that determine the weights."
+    saved: dict[str, Any],  # settings from a checkpoint
+    config: TrainConfig,  # of the run that wants to resume from it
+) -> dict[str, tuple[Any, Any]]:  # name -> (value there, value here)
+    "Return the settings that determine the weights and have changed."
     there = {**saved, **saved.get("optimizer", {})}
     here = weight_settings(config)
-    # A setting that came after the checkpoint had its default when it was written.
+    # A setting added after the checkpoint was written had its default value then.
     default = weight_settings(type(config)())
     changed = {}
     for name, value in here.items():

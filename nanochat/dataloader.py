@@ -13,10 +13,11 @@ __all__ = ['Batch', 'my_streams', 'copy_queue', 'to_device', 'token_stream', 'nu
 # stream. Its inputs are the first T ids of each row, its targets the last T. A rank takes
 # one micro-batch of each of its streams in turn.
 #
-# A cursor says how to continue a stream behind a batch: how many documents have been
-# read, and what is held back of them. It travels with its batch, so that batches which
-# were prepared but not trained on do not count, and JSON can hold it. Invariant: a
-# stream that is opened with a cursor goes on with the rows that would have come next.
+# A cursor says how to resume a stream after a batch: how many documents have been read,
+# and which of their tokens, or which documents, are still waiting. It travels with its
+# batch, so that batches that were prepared but not trained on do not count, and it can
+# be stored as JSON. Invariant: a stream that is opened with a cursor continues with the
+# rows that would have come next.
 #| doc: An endless, resumable stream of token batches cut from documents.
 import queue
 import threading
@@ -33,18 +34,18 @@ from .dataset import iter_documents
 # %% ../nbs/06_training_process.ipynb #21387167
 @dataclass
 class Batch:
-    "One forward pass: ids, the ids that follow them, and where the stream stands."
+    "A micro-batch: token ids, the ids that follow them, and the stream's cursor."
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, -1 where no loss is wanted
     stream: int = 0  # which stream it was cut from
-    cursor: dict | None = None  # how to continue that stream after this batch
+    cursor: dict | None = None  # how to resume that stream after this batch
 
 # %% ../nbs/06_training_process.ipynb #0d2622f3
 def my_streams(
     num_streams: int,  # micro-batches in an optimizer step, over all ranks
 ) -> list[int]:  # the streams that this rank reads
-    "Deal the streams to the ranks."
+    "Return the streams of this rank, dealt round-robin."
     rank, _, world = get_dist_info()
     if num_streams % world:
         raise ValueError(
@@ -60,14 +61,14 @@ def copy_queue(device: torch.device):  # -> torch.cuda.Stream
 
 
 def to_device(ids: Tensor, device: torch.device) -> Tensor:
-    "Copy to the device; to a GPU from pinned memory, while it computes."
+    "Copy ids to a device; to a GPU asynchronously, from pinned memory."
     if device.type != "cuda":
         return ids.to(device)
     side = copy_queue(device)
     main = torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
         copy = ids.pin_memory().to(device, non_blocking=True)
-    # Whoever computes waits for the copy, and its memory is not reused too early.
+    # The computation waits for the copy; its memory is not reused before that is done.
     main.wait_stream(side)
     copy.record_stream(main)
     return copy
@@ -98,27 +99,27 @@ def token_stream(
             for ids in tokenizer.encode([text for text, _ in pairs], prepend=bos):
                 left += ids
 
-        # The last id stays: it is the first input of the next batch.
+        # Keep the last id: it is the first input of the next batch.
         ribbon = torch.tensor(left[:need])
         left = left[need - 1 :]
         rows = ribbon.unfold(0, shape[1] + 1, shape[1]).contiguous()
         yield rows, {"documents": list(position), "left": list(left)}
 
 # %% ../nbs/06_training_process.ipynb #a590b312
-def num_ids(document: tuple[tuple, list[int]]) -> int:  # of (position, ids)
-    "Return the length of a document that waits."
+def num_ids(document: tuple[tuple, list[int]]) -> int:  # takes (position, ids)
+    "Return the length of a waiting document."
     return len(document[1])
 
 
 def take_row(
-    waiting: list[tuple[tuple, list[int]]],  # (position, ids), oldest first; taken from
-    room: int,  # T + 1; not more than the ids that wait
+    waiting: list[tuple[tuple, list[int]]],  # (position, ids), oldest first; mutated
+    room: int,  # T + 1; at most the number of waiting ids
 ) -> tuple[list[int], int]:  # ids of the row, ids that were cropped
-    "Fill a row: the oldest, then the longest that fits, or the shortest cropped."
+    "Fill a row: the oldest, then the longest that fits, else the shortest, cropped."
     row: list[int] = []
     cropped = 0
     while left := room - len(row):
-        # The oldest comes first, whatever its length, so that none waits for ever.
+        # The oldest comes first, whatever its length, so that none waits forever.
         fits = waiting[:1]
         if row:
             fits = [document for document in waiting if num_ids(document) <= left]
@@ -131,9 +132,9 @@ def take_row(
 # %% ../nbs/06_training_process.ipynb #9d5f5e61
 def encode_pairs(
     tokenizer,
-    pairs: list[tuple[str, tuple]],  # (text, position behind it)
+    pairs: list[tuple[str, tuple]],  # (text, position after it)
 ) -> list[tuple[tuple, list[int]]]:  # (position, ids)
-    "Encode documents, each behind a <|bos|>, and keep their positions."
+    "Encode documents, each preceded by <|bos|>, and pair them with their positions."
     texts = [text for text, _ in pairs]
     positions = [position for _, position in pairs]
     ids = tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id())
@@ -141,12 +142,12 @@ def encode_pairs(
 
 
 def read_again(
-    documents: Iterator[tuple[str, tuple]],  # (text, position behind it)
-    at: tuple,  # where `documents` stands
+    documents: Iterator[tuple[str, tuple]],  # (text, position after it)
+    at: tuple,  # current position of `documents`
     position: tuple,  # where to stop
     wanted: set[tuple],  # positions of the documents to keep
 ) -> list[tuple[str, tuple]]:  # the kept ones
-    "Read up to a position once more, and keep the documents that waited there."
+    "Reread documents up to a position; return those that were waiting there."
     kept = []
     while at != position:
         text, at = next(documents)
@@ -162,17 +163,17 @@ def packed_stream(
     num_streams: int,
     shape: tuple[int, int],  # B, T
     *,
-    cursor: dict | None,  # {"documents": [epoch, passed], "waiting": [the same, ...]}
+    cursor: dict | None,  # {"documents": [epoch, passed], "waiting": [[e, p], ...]}
     data: str = "",
-    places: int = 256,  # documents that wait
+    places: int = 256,  # size of the pool of waiting documents
 ) -> Iterator[tuple[Tensor, dict]]:  # (B, T + 1) ids, cursor after them
-    "Pack one stream of documents into rows that begin with the beginning of one."
+    "Pack one stream of documents into rows that each start with a document."
     cursor = cursor or {"documents": (0, 0), "waiting": [], "cropped": 0}
     position = tuple(cursor["documents"])
     cropped = cursor["cropped"]
 
-    # A cursor has no texts, only positions: begin before the oldest that waited. A
-    # position counts its own document, hence the one less.
+    # A cursor holds positions, not texts: start reading before the oldest document that
+    # was waiting. A position counts its own document, hence the minus one.
     wanted = {tuple(place) for place in cursor["waiting"]}
     before = [(epoch, passed - 1) for epoch, passed in wanted]
     start = min(before, default=position)
@@ -181,7 +182,7 @@ def packed_stream(
 
     rows = []
     while True:
-        # Enough to choose from, and at least a row.
+        # Keep enough documents to choose from, and at least one row of ids.
         while len(waiting) < places or sum(map(num_ids, waiting)) < shape[1] + 1:
             waiting += encode_pairs(tokenizer, [next(documents) for _ in range(8)])
             position = waiting[-1][0]
@@ -206,14 +207,14 @@ def batches(
     cursors: dict | None = None,  # stream -> cursor, from a checkpoint
     data: str = "",
     best_fit: bool = False,  # rows that begin with a document, instead of a ribbon
-) -> Iterator[Batch]:  # for ever
+) -> Iterator[Batch]:  # endless
     "Yield this rank's micro-batches."
     cursors = cursors or {}
     shape = (batch_size, seq_len)
     open_stream = packed_stream if best_fit else token_stream
     mine = {}
     for stream in my_streams(num_streams):
-        cursor = cursors.get(str(stream))  # JSON has made its number a string
+        cursor = cursors.get(str(stream))  # JSON turns its number into a string
         mine[stream] = open_stream(
             tokenizer, split, stream, num_streams, shape, cursor=cursor, data=data
         )
@@ -231,18 +232,18 @@ def prefetch(
     source: Iterator[Batch],
     depth: int = 4,  # batches to prepare ahead
 ) -> Iterator[Batch]:
-    "Draw from an endless iterator in a background thread; errors come out here."
+    "Run an endless iterator in a background thread; re-raise its errors here."
     ready = queue.Queue(depth)
 
     def work() -> None:
-        "Fill the queue. What goes wrong takes a place in it, too."
+        "Fill the queue; pass an error on in place of a batch."
         try:
             for batch in source:
                 ready.put(batch)
         except BaseException as error:
             ready.put(error)
 
-    # A daemon, so that a queue which nobody empties cannot keep the process alive.
+    # A daemon thread, so that a full queue cannot keep the process alive.
     threading.Thread(target=work, daemon=True).start()
     while True:
         item = ready.get()

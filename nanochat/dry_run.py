@@ -114,6 +114,8 @@ def walk(config: BaseConfig, vocab_size: int) -> dict[str, Any]:
     world = config.world
     dtype = compute_dtype(torch.device("meta"), config.dtype or "bfloat16")
     plan = base_plan(config, vocab_size, world, dtype.itemsize, device_type="cuda")
+
+    # PyTorch's fake backend: the collectives are recorded, and nothing is sent.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         found = step_of_rank(config, plan, dtype)

@@ -6,13 +6,13 @@ __all__ = ['FORWARD', 'BACKWARD', 'PRODUCTS', 'NARROWEST', 'quantize', 'scaled_p
 # %% ../nbs/06_training_process.ipynb #a1f8e507
 # Eight bits hold a sign, an exponent and a mantissa of two or three bits. A tensor in
 # this module is therefore a pair: the same shape in eight bits, and one fp32 scale by
-# which to multiply it (`quantize`). Weights, their gradients and all sums stay in wider
-# numbers; only the factors of a product are rounded, anew in every step.
+# which to multiply it (`quantize`). Weights, their gradients and all sums keep a wider
+# type; only the operands of a product are rounded, again in every step.
 #
 # The layout: a product is a @ b.T with the summed axis last in both, (M, K) and (N, K),
-# since the hardware wants it so, and every size must be a multiple of 16. The emulation
+# as the hardware requires, and every size must be a multiple of 16. The emulation
 # multiplies the same rounded numbers in fp32, on any device.
-#| doc: Products of the blocks in eight bits, with one scale for each tensor.
+#| doc: Compute the blocks' matrix products in FP8, with one scale per tensor.
 import torch
 from torch import Tensor
 
@@ -22,18 +22,18 @@ from .common import UserError
 from .functional import cast, upcast
 
 # %% ../nbs/06_training_process.ipynb #a1f8e508
-FORWARD = torch.float8_e4m3fn  # activations and weights: precision first
-BACKWARD = torch.float8_e5m2  # gradients: range first
+FORWARD = torch.float8_e4m3fn  # activations and weights need precision
+BACKWARD = torch.float8_e5m2  # gradients need range
 
 
 def quantize(
     x: Tensor,  # any shape, any floating dtype
     kind: torch.dtype,  # FORWARD or BACKWARD
-) -> tuple[Tensor, Tensor]:  # the same shape in eight bits, its scale: an fp32 scalar
-    "Move the largest value to the largest number of the format, and round."
+) -> tuple[Tensor, Tensor]:  # same shape in eight bits; fp32 scalar scale
+    "Scale a tensor so that its largest value fits the format, and round it."
     largest = upcast(x.abs().amax())
     scale = (largest / torch.finfo(kind).max).float()
-    # All zeros: any scale will do. Gradients of a large batch may be as small as 1e-9.
+    # For all zeros any scale will do; real gradients may be as small as 1e-9.
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return (upcast(x) / scale).to(kind), scale
 
@@ -42,9 +42,9 @@ def scaled_product(
     a: tuple[Tensor, Tensor],  # (M, K) in eight bits, its scale
     b: tuple[Tensor, Tensor],  # (N, K) in eight bits, its scale
     dtype: torch.dtype,  # of the result
-    fast: bool = False,  # add up with fewer bits
+    fast: bool = False,  # accumulate with fewer bits
 ) -> Tensor:  # (M, N): a @ b.T
-    "Multiply with the card's 8-bit units."
+    "Multiply on the GPU's FP8 units."
     x, x_scale = a
     y, y_scale = b
     return torch._scaled_mm(
@@ -56,19 +56,19 @@ def emulated_product(
     a: tuple[Tensor, Tensor],
     b: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-    fast: bool = False,  # makes no difference here
-) -> Tensor:  # as `scaled_product`
-    "Multiply the same numbers in fp32, on any device."
+    fast: bool = False,  # has no effect here
+) -> Tensor:  # (M, N): a @ b.T
+    "Multiply the same rounded numbers in fp32, on any device."
     x, x_scale = a
     y, y_scale = b
     return cast(x.float() @ y.float().T * (x_scale * y_scale), dtype)
 
 
-PRODUCTS = {"cuda": scaled_product}  # by device; elsewhere the emulation
+PRODUCTS = {"cuda": scaled_product}  # by device type; others use the emulation
 
 # %% ../nbs/06_training_process.ipynb #a1f8e513
 class Float8Product(torch.autograd.Function):
-    "x @ weight.T and its gradients, each product of two 8-bit matrices."
+    "Compute x @ weight.T and its gradients, each as a product of two FP8 matrices."
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # (N, C), (F, C) -> (N, F)
@@ -85,7 +85,7 @@ class Float8Product(torch.autograd.Function):
         x, x_scale, w, w_scale = ctx.saved_tensors
         g, g_scale = quantize(grad, BACKWARD)
         multiply = PRODUCTS.get(grad.device.type, emulated_product)
-        # The summed axis must lie last in memory, hence the transposed copies.
+        # The summed axis must be last in memory, hence the transposed copies.
         wt, gt, xt = (m.T.contiguous() for m in (w, g, x))
         dx = multiply((g, g_scale), (wt, w_scale), grad.dtype)
         dw = multiply((gt, g_scale), (xt, x_scale), ctx.weight_dtype)
@@ -93,7 +93,7 @@ class Float8Product(torch.autograd.Function):
 
 # %% ../nbs/06_training_process.ipynb #a1f8e515
 class Float8Linear(Linear):
-    "A linear map that is trained in eight bits and evaluated like any other."
+    "A linear layer that is trained in FP8 and evaluated like any other."
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., F)
         if not torch.is_grad_enabled():
@@ -101,8 +101,8 @@ class Float8Linear(Linear):
         rows = x.reshape(-1, x.size(-1))
         if len(rows) % 16:
             raise UserError(
-                f"fp8 needs a multiple of 16 rows, these are {len(rows)}: choose "
-                "device_batch_size and max_seq_len so that their product is one"
+                f"fp8 needs a multiple of 16 rows, but there are {len(rows)}: choose "
+                "device_batch_size and max_seq_len so that their product is a multiple"
             )
         return Float8Product.apply(rows, self.weight).unflatten(0, x.shape[:-1])
 
@@ -111,47 +111,47 @@ NARROWEST = 64  # a product with a smaller side gains nothing
 
 
 def fits_fp8(layer: Linear) -> bool:
-    "Tell whether the card can, and should, multiply such a matrix in eight bits."
+    "Return whether a layer's sizes allow FP8 and are large enough to profit from it."
     sizes = layer.weight.shape
     return min(sizes) >= NARROWEST and all(size % 16 == 0 for size in sizes)
 
 
 def use_fp8(
     model,  # GPT, changed in place
-) -> int:  # products that are done in eight bits from now on
-    "Train the matrices of the blocks in eight bits; names and weights stay."
+) -> int:  # number of layers converted
+    "Train the blocks' matrices in FP8; parameter names and weights do not change."
     found = [m for m in model.transformer.h.modules() if type(m) is Linear]
     chosen = [layer for layer in found if fits_fp8(layer)]
     for layer in chosen:
-        layer.__class__ = Float8Linear  # the same object and parameter, another forward
+        layer.__class__ = Float8Linear  # same object and parameter, different forward
     return len(chosen)
 
 # %% ../nbs/06_training_process.ipynb #a1f8e51f
 def fp8_memory(
     config,  # GPTConfig
     device_batch_size: int,  # B
-    value_bytes: int = 2,  # of the stream
+    value_bytes: int = 2,  # per number of the residual stream
 ) -> int:  # bytes
-    "Count what eight bits add to the activations, uncompiled."
+    "Count the activation memory that FP8 adds, without torch.compile."
     positions = device_batch_size * config.sequence_len
-    # Inputs of c_q, c_k, c_v, c_proj and c_fc, and that of the MLP's c_proj.
+    # Inputs of c_q, c_k, c_v, c_proj and c_fc, and of the MLP's c_proj.
     inputs = (5 + config.mlp_ratio) * config.n_embd * config.n_layer
     counts = parameter_counts(config)
     matrices = counts["attention"] + counts["mlp"]
-    copies = value_bytes * matrices if value_bytes < 4 else 0  # that are not made
+    copies = value_bytes * matrices if value_bytes < 4 else 0  # no longer made
     return positions * inputs + matrices - copies
 
 # %% ../nbs/06_training_process.ipynb #a1f8e519
 def fp8_works(
     device: torch.device,
-) -> str:  # "", or why not
+) -> str:  # the reason, or ""
     "Return why a device cannot multiply in eight bits, or an empty string."
     needs = "needs an NVIDIA GPU of compute capability 8.9 or more (H100, RTX 4090)"
     if device.type != "cuda":
-        return f"{needs}, the device is {device.type}"
+        return f"{needs}, but the device is {device.type}"
     found = torch.cuda.get_device_capability(device)
     if found < (8, 9):
-        return f"{needs}, this one has {found[0]}.{found[1]}"
+        return f"{needs}, but this one has {found[0]}.{found[1]}"
     if not hasattr(torch, "_scaled_mm"):
-        return f"needs a PyTorch with scaled products, {torch.__version__} has none"
+        return f"needs PyTorch with torch._scaled_mm; {torch.__version__} lacks it"
     return ""

@@ -87,6 +87,7 @@ def hf_config(
     "Translate the architecture into a transformers config."
     check_expressible(config)
     sizes = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    # No token is for padding: the one that ends a reply stands in.
     return sizes | {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
@@ -216,6 +217,8 @@ def hf_records(
         )
     bos = tokenizer.get_bos_token_id()
     eos = tokenizer.encode_special("<|assistant_end|>")
+
+    # A reply ends with its own token, a text with the one that begins the next.
     generation = {"eos_token_id": [eos, bos], "pad_token_id": eos, "do_sample": True}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -311,6 +314,7 @@ def unlike_ours(
     config: GPTConfig,  # the same, as far as it could be translated
 ) -> list[str]:  # "key=value" for each such setting
     "List the settings of a config that our model does not support."
+    # A key that is absent, or null, asks for what we do anyway.
     odd = [f"{key}={record[key]!r}" for key in SWITCHED_OFF if record.get(key)]
     wanted = {
         "hidden_act": "relu2",
@@ -404,6 +408,8 @@ def find_differences(
     vocab = {t: i for t, i in model["vocab"].items() if t not in special}
     merges = read_merges(model["merges"], vocab)
     steps = without_offsets(record["pre_tokenizer"]["pretokenizers"])
+
+    # A file may list more merges than ours, but these, and in the order of their ids.
     order = list(merges.values())
     needed = {tuple(pair) for pair in ours["model"]["merges"]}
     differs = {
@@ -424,6 +430,7 @@ def tokenizer_from_hf(
 ) -> RustBPETokenizer:
     "Translate a tokenizer. Raises UserError if it would give different ids."
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
+    # Whatever the file lacks, or has of another type, becomes one complaint.
     try:
         ids = {token["content"]: token["id"] for token in record["added_tokens"]}
         vocab = {t: i for t, i in record["model"]["vocab"].items() if t not in ids}

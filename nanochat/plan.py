@@ -4,14 +4,14 @@
 __all__ = ['NARROW', 'RULE', 'PARAMETER', 'PLACE', 'LOGIT', 'NVLINK', 'model_config', 'Plan', 'check_step', 'make_plan', 'base_plan', 'utilization', 'training_seconds', 'published_memory', 'measured_gpu', 'peak_memory', 'largest_batch', 'check_fits', 'choose_depth', 'matrix_shapes', 'collective_bytes', 'collective_seconds']
 
 # %% ../nbs/06_training_process.ipynb #bdfda99a
-# Everything follows from the depth, a few settings and the vocabulary; nothing is built,
-# measured or read here but the record of a card. The units: `total_batch_size` is tokens
+# Everything follows from the depth, a few settings and the vocabulary. Nothing is built
+# or measured here, and only a GPU's record is read. The units: `total_batch_size` is tokens
 # of an optimizer step, over all ranks; `device_batch_size` is rows of one forward pass on
 # one device; `micro_batches` is forward passes of a step, over all ranks. `flops` are
 # floating point operations of the whole run, a `peak` is operations per second of one
-# device. Memory is bytes on one rank at its fullest moment, but a card's own in GiB.
+# device. Memory is peak bytes on one rank, but GiB for the capacity of a card.
 # Time is seconds, unless a name says hours. A `share` is between 0 and 1.
-#| doc: From the depth to everything else: sizes, steps, operations, memory.
+#| doc: Derive sizes, steps, operations and memory of a run from its depth.
 from dataclasses import asdict, dataclass, replace
 
 from .accounting import flops_per_token, parameter_counts, training_memory
@@ -25,7 +25,7 @@ def model_config(
     depth: int,  # number of layers: the dial
     vocab_size: int,
     sequence_len: int,
-    aspect_ratio: int = 64,  # width for each layer
+    aspect_ratio: int = 64,  # width per layer
     kv_heads: int = 0,  # key-value heads; 0: as many as query heads
     *,
     arch: str = "default",  # a key of ARCHITECTURES
@@ -72,7 +72,7 @@ def check_step(
     total_batch_size: int,  # tokens in an optimizer step
     world_size: int,
 ) -> None:
-    "Refuse a step that is not the same number of whole micro-batches on every rank."
+    "Raise unless every rank gets the same whole number of micro-batches."
     micro = device_batch_size * config.sequence_len
     round_of_all = micro * world_size  # tokens, if each rank takes one micro-batch
     positive = min(device_batch_size, total_batch_size) >= 1
@@ -91,13 +91,13 @@ def make_plan(
     device_batch_size: int,  # B
     total_batch_size: int,  # tokens in an optimizer step
     num_iterations: int = -1,  # steps; -1: from the ratio
-    param_data_ratio: float = 20.0,  # tokens for each parameter (Hoffmann et al., 2022)
+    param_data_ratio: float = 20.0,  # tokens per parameter (Hoffmann et al., 2022)
     *,
     world_size: int = 1,
     activation_bytes: int = 2,
     device_type: str = "",  # "cuda" or "cpu"; empty: cpu for 4 bytes, else cuda
 ) -> Plan:
-    "Work out steps, tokens, operations and memory of a run."
+    "Compute the steps, tokens, operations and memory of a run."
     check_step(config, device_batch_size, total_batch_size, world_size)
     count = parameter_counts(config)["total"]
     steps = num_iterations
@@ -109,7 +109,7 @@ def make_plan(
         )
     tokens = steps * total_batch_size
     micro_batches = total_batch_size // (device_batch_size * config.sequence_len)
-    # A rank that takes several in a step also holds the gradients of those before.
+    # A rank with several micro-batches per step also holds accumulated gradients.
     sizes = (
         device_batch_size,
         activation_bytes,
@@ -147,7 +147,7 @@ def base_plan(
         config.kv_heads,
         arch=config.arch,
     )
-    # What is given by position are settings; what is named depends on the machine.
+    # The positional arguments are settings; the named ones depend on the machine.
     return make_plan(
         model,
         config.device_batch_size,
@@ -160,36 +160,36 @@ def base_plan(
     )
 
 # %% ../nbs/06_training_process.ipynb #5e3e4599
-NARROW = 650  # w: at this width half of the time is not spent on products
-RULE = 8.04  # sqrt(operations per byte), share of the peak at width 1,280
+NARROW = 650  # w: at this width, half of the time goes to things other than products
+RULE = 8.04  # sqrt(operations per byte) times share of the peak, at width 1,280
 
 
 def utilization(
     gpu: Gpu,
     width: int,  # C, of the model
 ) -> float:  # share of the peak: "model FLOPs utilization"
-    "Predict how much of a card's peak training reaches."
+    "Predict what share of a card's peak a training run reaches."
     share = gpu.reached or RULE * (gpu.bandwidth / gpu.peak) ** 0.5
     return share * (1 + NARROW / 1280) / (1 + NARROW / width)
 
 
 def training_seconds(plan: Plan, gpu: Gpu, world_size: int) -> float:
-    "Predict the wall-clock of the optimizer steps, evaluations left out."
+    "Predict the wall-clock time of the optimizer steps, without evaluations."
     share = utilization(gpu, plan.model.n_embd)
     return plan.flops / (world_size * gpu.peak * share)
 
 # %% ../nbs/06_training_process.ipynb #03e6fb6d
 # Bytes, fitted to the peaks that nanochat's users have published.
-PARAMETER = 23.6  # for each parameter
-PLACE = 30.5  # for each number of the stream, in each layer
-LOGIT = 3.13  # for each logit
+PARAMETER = 23.6  # per parameter
+PLACE = 30.5  # per number of the residual stream and layer
+LOGIT = 3.13  # per logit
 
 
 def published_memory(
     config: GPTConfig,
     device_batch_size: int,  # B
     world_size: int,
-) -> float:  # bytes at the peak on one rank
+) -> float:  # peak bytes on one rank
     "Predict the peak memory of nanochat's own code, an upper bound for ours."
     counts = parameter_counts(config)
     tables = counts["wte"] + counts["value_embeds"] + counts["lm_head"]
@@ -203,19 +203,19 @@ def published_memory(
 # %% ../nbs/06_training_process.ipynb #6d24b8f7
 def measured_gpu(
     key: str,  # of GPUS
-    record: dict | None = None,  # of dev/gpu.py; None: the newest there is
+    record: dict | None = None,  # from dev/gpu.py; None: the newest
 ) -> Gpu:
-    "Return a card with what was measured on it here, if anything was."
+    "Return a card, updated with measurements made on it here, if there are any."
     gpu = GPUS[key]
     record = record or gpu_record()
     if not record or record["device"].get("key") != key:
-        return gpu  # nothing was measured, or on another card
+        return gpu  # nothing was measured, or only another card
     training = record["sections"].get("training", {})
     found = training.get("figures", {})
     if training.get("status") != "ok" or not found.get("tokens_per_second"):
         return gpu
 
-    # The share of the peak at the measured width, carried to a width of 1,280.
+    # The share of the peak at the measured width, converted to a width of 1,280.
     shape = model_config(found["depth"], found["vocab_size"], found["sequence_len"])
     share = found["tokens_per_second"] * flops_per_token(shape) / gpu.peak
     return replace(
@@ -231,9 +231,9 @@ def peak_memory(
     device_batch_size: int,  # B
     world_size: int,
     gpu: Gpu,
-    micro_batches: int = 1,  # of one rank in a step
+    micro_batches: int = 1,  # per step on one rank
 ) -> float:  # bytes
-    "Predict the peak of one rank in bfloat16, from what this card has shown."
+    "Predict the peak memory of one rank in bfloat16, from what is known of the card."
     if not gpu.memory_ratio:
         return published_memory(config, device_batch_size, world_size)
     counted = training_memory(
@@ -245,10 +245,10 @@ def peak_memory(
 def largest_batch(
     config: GPTConfig,
     gpu: Gpu,
-    total_batch_size: int,  # tokens of an optimizer step
+    total_batch_size: int,  # tokens per optimizer step
     world_size: int,
-) -> int:  # rows of a forward pass on one device
-    "Find the largest power of two that fits a card and divides the step."
+) -> int:  # rows per forward pass on one device
+    "Return the largest power of two that fits the card and divides the step."
     row = config.sequence_len * world_size
     if total_batch_size % row:
         raise UserError(
@@ -256,13 +256,13 @@ def largest_batch(
             f"{config.sequence_len} on {world_size} ranks: use a multiple of {row:,}"
         )
 
-    # Double the rows as long as they divide the step; remember the most that fit.
+    # Double the rows as long as they divide the step; keep the largest that fits.
     best = 0  # rows
     rows = 1
     while total_batch_size % (rows * row) == 0:
         micro = total_batch_size // (rows * row)
         need = peak_memory(config, rows, world_size, gpu, micro)
-        if need < 0.96 * gpu.memory * 2**30:  # not to the last byte
+        if need < 0.96 * gpu.memory * 2**30:  # leave some room
             best = rows
         rows *= 2
     if not best:
@@ -278,9 +278,9 @@ def largest_batch(
 
 def check_fits(
     plan: Plan,
-    available: float,  # bytes of one device
+    available: float,  # bytes on one device
 ) -> None:
-    "Refuse a plan whose counted memory exceeds the device."
+    "Raise UserError if a plan's counted memory exceeds the device's."
     if plan.memory > available:
         raise UserError(
             f"depth {plan.model.n_layer} at device_batch_size {plan.device_batch_size} "
@@ -294,9 +294,9 @@ def choose_depth(
     vocab_size: int,
     gpu: Gpu,
     world_size: int,
-    hours: float,  # of wall-clock
+    hours: float,  # wall-clock time
 ) -> int:
-    "Find the deepest model whose training fits the cards and the time."
+    "Return the depth of the deepest model whose training fits the cards and the time."
     for depth in range(64, 0, -1):
         try:
             shape = model_config(
@@ -309,7 +309,9 @@ def choose_depth(
         plan = base_plan(chosen, vocab_size, world_size)
         if training_seconds(plan, gpu, world_size) <= 3600 * hours:
             return depth
-    raise UserError(f"{hours:g} hours on {world_size} such cards train no model")
+    raise UserError(
+        f"no depth fits {hours:g} hours on {world_size} such cards: add either"
+    )
 
 # %% ../nbs/06_training_process.ipynb #e46a90b3
 NVLINK = 450e9  # bytes per second that an H100 SXM can send to its neighbors
@@ -318,18 +320,18 @@ NVLINK = 450e9  # bytes per second that an H100 SXM can send to its neighbors
 def matrix_shapes(
     config: GPTConfig,
 ) -> dict[tuple[int, int], int]:  # rows, columns -> how many
-    "Count the matrices of the blocks by their shape, as Muon stacks them."
+    "Count the blocks' matrices by shape, as Muon stacks them."
     C = config.n_embd
     L = config.n_layer
     gated = sum(config.has_values(layer) for layer in range(L))
     matrices = [
-        (C, C, 2 * L),  # queries, attention's output
+        (C, C, 2 * L),  # queries, attention output
         (config.kv_dim, C, 2 * L),  # keys, values
         (config.mlp_ratio * C, C, L),
         (C, config.mlp_ratio * C, L),
         (config.n_kv_head, config.gate_inputs, gated),
     ]
-    # Two of these may have one shape, as keys and queries have without shared heads.
+    # Two of these may share a shape, as keys and queries do if no heads are shared.
     shapes: dict[tuple[int, int], int] = {}
     for rows, columns, count in matrices:
         shapes[rows, columns] = shapes.get((rows, columns), 0) + count
@@ -339,27 +341,27 @@ def matrix_shapes(
 def collective_bytes(
     config: GPTConfig,
     world_size: int,  # n, ranks
-) -> dict[str, int]:  # operation -> bytes of all its vectors in one optimizer step
-    "Count what the optimizers of one rank give to each collective."
+) -> dict[str, int]:  # collective -> bytes of its vectors per optimizer step
+    "Count the bytes that one rank's optimizers pass to each collective."
     if world_size == 1:
         return {"reduce_scatter": 0, "all_gather": 0, "all_reduce": 0}
 
-    # Muon: matrices are dealt out like cards, and every rank's hand has the same
-    # length, so that 20 matrices on 8 ranks travel like 24.
+    # Muon: matrices are dealt round-robin, padded so that every rank has as many: 20
+    # matrices on 8 ranks are sent like 24.
     dealt = 0
     for (rows, columns), count in matrix_shapes(config).items():
         hand = -(-count // world_size)
         dealt += rows * columns * hand * world_size
 
-    # AdamW: a table is cut into blocks of rows if they come out even. What cannot be cut
-    # is summed whole on every rank.
+    # AdamW: embedding and head are cut into blocks of rows if the ranks divide them
+    # evenly. Whatever cannot be cut is all-reduced.
     counts = parameter_counts(config)
     tables = counts["wte"] + counts["lm_head"] + counts["value_embeds"]
     cut = tables if config.table_rows % world_size == 0 else 0
     whole = counts["scalars"] + tables - cut
 
-    # Gradients are summed on the rank that owns them, and new weights come back: the
-    # same bytes twice, in fp32.
+    # Gradients go to the rank that owns them, and new weights come back: the same bytes
+    # twice, in fp32.
     shared = 4 * (dealt + cut)
     return {"reduce_scatter": shared, "all_gather": shared, "all_reduce": 4 * whole}
 
@@ -368,8 +370,8 @@ def collective_seconds(
     config: GPTConfig,
     world_size: int,
     bandwidth: float = NVLINK,  # bytes per second that one rank can send
-) -> float:  # of one optimizer step, if nothing is hidden behind computing
-    "Predict the time that a ring needs for a step's collectives."
+) -> float:  # per optimizer step, if nothing overlaps with computation
+    "Predict how long a ring takes for the collectives of one step."
     size = collective_bytes(config, world_size)
     passes = size["reduce_scatter"] + size["all_gather"] + 2 * size["all_reduce"]
     return passes * (world_size - 1) / world_size / bandwidth

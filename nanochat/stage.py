@@ -6,19 +6,19 @@ __all__ = ['begin', 'prepare', 'device_memory', 'checkpoint_bytes', 'check_disk'
 # %% ../nbs/06_training_process.ipynb #57a6e001
 # A stage goes through five steps.
 #
-#   1  begin    Choose the device, meet the other ranks, load or make a model, plan.
-#   2  check    Refuse what cannot end well before anything is computed: a plan that does
-#               not fit the memory, a disk without room, no text to validate on.
-#   3  resume   Continue the newest whole checkpoint of this run, if all settings that
-#               determine the weights, the tokenizer and the parent are the same; refuse
-#               if one differs. A finished run is not repeated.
-#   4  train    Hand model, optimizer, batches and a `Run` to the loop.
-#   5  record   Leave the numbers of the stage for the report.
+#   1  begin    Choose the device, connect to the other ranks, build or load a model, plan.
+#   2  check    Reject what is bound to fail before anything is computed: a plan that
+#               does not fit in memory, a full disk, no validation text.
+#   3  resume   Resume from the run's newest complete checkpoint if the tokenizer, the
+#               parent model and all settings that determine the weights are the same;
+#               otherwise raise an error. A finished run is not repeated.
+#   4  train    Pass model, optimizer, batches and a `Run` to the loop.
+#   5  record   Write the stage's numbers for the report.
 #
-# `pretrain` and `train_on_chats` do the first and say what differs between stages: where
-# batches come from, and what is measured. `run_stage` does the rest. `Stage` is what a
-# run is on the disk; reinforcement learning has a loop of its own and uses only that.
-#| doc: A training stage: what stands around the loop. Pretraining, midtraining and fine-tuning run in it; RL resumes and saves through it.
+# `pretrain` and `train_on_chats` do the first step and define what differs between stages:
+# where batches come from and what is measured. `run_stage` does the rest. `Stage` is a
+# run's state on disk; reinforcement learning has its own loop and uses only that.
+#| doc: Run a training stage: check, resume, train, save. RL resumes and saves through it.
 import math
 import shutil
 import tempfile
@@ -62,23 +62,23 @@ from .train import Run, train
 
 # %% ../nbs/06_training_process.ipynb #57a6e003
 def begin(config: TrainConfig) -> torch.device:
-    "Choose the device, meet the other ranks, and refuse what this device cannot do."
+    "Choose the device and connect to the other ranks. Raises UserError if fp8 cannot run."
     if config.deterministic:
         checkpoint.use_deterministic()
     device = compute_init(config.device)
     if getattr(config, "fp8", False) and (reason := fp8_works(device)):
-        raise UserError(f"--fp8 {reason}: leave --fp8 out")
+        raise UserError(f"--fp8 {reason}: run without --fp8")
     return device
 
 # %% ../nbs/06_training_process.ipynb #57a6e005
 def prepare(
     model,  # GPT
     config: TextConfig,
-):  # what the loop shall call in its place
-    "Turn on what makes steps fast: fp8 where it was asked for, compiling on GPUs."
+):  # the object that the loop calls
+    "Turn on fp8 if requested, and compile the model if requested or on a GPU."
     device = model.get_device()
     if config.fp8:
-        print0(f"fp8: {use_fp8(model)} products of the blocks are done in eight bits")
+        print0(f"fp8: {use_fp8(model)} linear layers of the blocks train in eight bits")
     called = model
     if config.compile or (config.compile is None and device.type == "cuda"):
         called = compile_model(model)
@@ -100,7 +100,7 @@ def checkpoint_bytes(model, optimizer: Optimizers) -> int:
     muon = optimizer.parts.get("muon")
     held = 0
     for part in optimizer.parts.values():
-        # AdamW keeps two averages of every weight it moves, Muon one.
+        # AdamW keeps two averages per weight, Muon one.
         copies = 1 if part is muon else 2
         for group in part.param_groups:
             held += copies * sum(p.nbytes for p in group["params"])
@@ -108,11 +108,11 @@ def checkpoint_bytes(model, optimizer: Optimizers) -> int:
 
 
 def check_disk(
-    folder: Path,  # of the run's checkpoints; created
+    folder: Path,  # for the run's checkpoints; created if missing
     size: int,  # bytes of one checkpoint
-    count: int,  # checkpoints that will be there at the same time
+    count: int,  # checkpoints that will exist at the same time
 ) -> None:
-    "Refuse to begin what could not be saved."
+    "Raise UserError if the checkpoints could not be saved."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -123,23 +123,23 @@ def check_disk(
             "writable, or set NANOCHAT_BASE_DIR to another folder"
         ) from None
 
-    # Those of an earlier attempt make room as new ones come.
+    # Checkpoints of an earlier attempt are deleted as new ones are saved.
     files = [file for file in folder.rglob("*") if file.is_file()]
     there = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(folder).free + there
     if count * size > free:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB for checkpoints, and "
-            f"{count} of {size / 1e9:.2f} GB will be there at once: free some space, or "
+            f"the disk of {folder} has {free / 1e9:.2f} GB for checkpoints, but "
+            f"{count} of {size / 1e9:.2f} GB must fit at once: free some space, or "
             "use a smaller --keep or NANOCHAT_BASE_DIR on another disk"
         )
 
 # %% ../nbs/06_training_process.ipynb #57a6e009
 @dataclass
 class Stage:
-    "One training stage: where it stands on the disk, how it resumes, how it saves."
+    "A training stage: where its checkpoints are, how it resumes and how it saves."
 
-    name: str  # of the command and its log, e.g. "base_train"
+    name: str  # of the command, and of its log, e.g. "base_train"
     source: str  # where its checkpoints go: "base", "mid", "sft" or "rl"
     config: TrainConfig
     model: Any  # GPT
@@ -147,14 +147,14 @@ class Stage:
     optimizer: Optimizers
     num_steps: int  # of the whole stage
     tag: str  # name of the run
-    parent: str = ""  # SHA-256 of the weights that it starts from; empty: random ones
+    parent: str = ""  # SHA-256 of the weights it starts from; empty: random weights
 
-    # Where it stands; `resume` fills these in.
+    # Its progress; `resume` fills these in.
     step: int = 0  # steps done
-    cursors: dict | None = None  # stream -> where it stands; None: at the beginning
-    results: dict = field(default_factory=dict)  # latest measurements
+    cursors: dict | None = None  # stream -> its cursor; None: start at the beginning
+    results: dict = field(default_factory=dict)  # latest results
     saved: Path | None = None  # the newest checkpoint
-    finished: bool = False  # trained and measured
+    finished: bool = False  # trained and evaluated
 
     @property
     def folder(self) -> Path:
@@ -162,7 +162,7 @@ class Stage:
         return checkpoint.checkpoint_folder(self.source, self.tag)
 
     def identity(self) -> dict[str, str]:
-        "Return what must be the same when a run is continued, besides its settings."
+        "Return what must be the same when a run resumes, besides its settings."
         return {
             "stage": self.name,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -170,7 +170,7 @@ class Stage:
         }
 
     def check(self) -> None:
-        "Find out before the first step whether the checkpoints can be written."
+        "Raise UserError before the first step if the checkpoints could not be written."
         left = self.num_steps - self.step
         if not left or get_dist_info()[0] != 0:
             return
@@ -178,13 +178,13 @@ class Stage:
         if self.config.save_every > 0:
             saves += max(0, left - 1) // self.config.save_every
         if self.config.keep > 0:
-            # A new one is whole before the oldest goes.
+            # A new one is complete before the oldest is deleted.
             saves = min(saves, self.config.keep + 1)
         size = checkpoint_bytes(self.model, self.optimizer)
         check_disk(self.folder, size, saves)
 
     def resume(self) -> None:
-        "Continue where this run stopped; stay at the beginning if it never ran."
+        "Resume this run from its newest checkpoint, or start fresh if there is none."
         differs = partial(explain_difference, self)
         path, meta = find_resume(self.folder, differs, self.config.overwrite)
         if path is None:
@@ -197,15 +197,15 @@ class Stage:
             print0(f"{self.name}: already finished, see {path}")
             return
         self.cursors = checkpoint.load_training_state(path, self.model, self.optimizer)
-        print0(f"{self.name}: continuing from step {self.step} of {path}")
+        print0(f"{self.name}: resuming from step {self.step} of {path}")
 
     def save(self, step: int, cursors: dict | None, results: dict) -> Path:
-        "Write a checkpoint that `resume` will recognize."
+        "Write a checkpoint that `resume` can load."
         facts = {
             **self.identity(),
             "config": asdict(self.config),
             "results": results,
-            "measured": False,  # until `amend` adds the last measurement
+            "measured": False,  # until `amend` adds the final results
         }
         self.saved = checkpoint.save(
             self.folder,
@@ -219,41 +219,41 @@ class Stage:
         return self.saved
 
     def amend(self, results: dict) -> None:
-        "Add the last measurements to the last checkpoint."
+        "Add the final results to the last checkpoint."
         checkpoint.amend(self.saved, results=results, measured=True)
 
 # %% ../nbs/06_training_process.ipynb #57a6e011
 def explain_difference(stage: Stage, meta: dict) -> str:  # empty: the same run
-    "Name what differs between a run and the checkpoint that it would continue."
+    "Return what differs between a run and the checkpoint it would resume from."
     there = meta.get("config", {})
     changed = changed_settings(there, stage.config) if type(there) is dict else {}
     for name, (before, now) in changed.items():
         option = name.replace("_", "-")
-        return f"--{option} was {before!r} and is {now!r}"  # one is enough to say
+        return f"--{option} was {before!r} and is {now!r}"  # the first is enough
     for name, now in stage.identity().items():
         before = meta.get(name)
         if before is None and name == "parent":
-            continue  # written before checkpoints said so
+            continue  # written before checkpoints recorded this
         if before != now:
             what = {
                 "stage": f"it was made by {before}",
-                "tokenizer": "the tokenizer has been trained again",
-                "parent": "the model that it started from has been trained again",
+                "tokenizer": "the tokenizer has been retrained",
+                "parent": "the model that it started from has been retrained",
             }
             return what[name]
     return ""
 
 
 def find_resume(
-    folder: Path,  # of a run's checkpoints
-    differs: Callable[[dict], str],  # names what differs in a description, or ""
+    folder: Path,  # a run's checkpoints
+    differs: Callable[[dict], str],  # description -> what differs, or ""
     overwrite: bool = False,
-) -> tuple[Path | None, dict]:  # None and {}: nothing to continue
-    "Find the newest whole checkpoint of a run, and its description."
+) -> tuple[Path | None, dict]:  # path and description; None and {}: no checkpoint
+    "Find the newest complete checkpoint of a run and its description."
     steps = checkpoint.list_steps(folder)
     if not steps or overwrite:
         return None, {}
-    # A damaged one costs the steps since the one before it, not the run.
+    # If the newest is damaged, fall back to the one before it.
     for step in reversed(steps):
         path = folder / f"step_{step:06d}"
         try:
@@ -263,18 +263,18 @@ def find_resume(
             continue
         if difference := differs(meta):
             raise UserError(
-                f"{folder} holds a run with other settings ({difference}): choose "
+                f"{folder} holds a run with different settings ({difference}): choose "
                 "another --tag, or add --overwrite to replace it"
             )
         return path, meta
     raise UserError(
-        f"no checkpoint in {folder} is whole: delete it, or add --overwrite, to "
-        "begin again"
+        f"no checkpoint in {folder} is complete: delete the folder or add --overwrite to "
+        "start again"
     )
 
 # %% ../nbs/06_training_process.ipynb #57a6e013
 def too_long(cursors: dict, device: torch.device) -> dict[str, int]:
-    "Count over all ranks the conversations that were cut or dropped; {} for plain text."
+    "Count the conversations cut or dropped on all ranks; {} for plain text."
     found = {}
     for what in ("cut", "dropped"):
         counts = [cursor[what] for cursor in cursors.values() if what in cursor]
@@ -286,8 +286,8 @@ def too_long(cursors: dict, device: torch.device) -> dict[str, int]:
     return found
 
 
-def peak_of(device: torch.device) -> float:  # operations per second; 0: not known
-    "Look up the peak of a device, to show which share of it a step reaches."
+def peak_of(device: torch.device) -> float:  # operations per second; 0: unknown
+    "Return a device's peak speed, from which a step's utilization is computed."
     if device.type != "cuda":
         return 0.0
     gpu = find_gpu(torch.cuda.get_device_name())
@@ -295,7 +295,7 @@ def peak_of(device: torch.device) -> float:  # operations per second; 0: not kno
 
 
 def stage_rate(stage: Stage, step: int) -> float:
-    "Return the factor on every learning rate in a step."
+    "Return the factor on all learning rates at a step."
     config = stage.config
     course = (config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
     return config.lr_frac * lr_scale(step, stage.num_steps, *course)
@@ -306,13 +306,13 @@ def loop_settings(
     plan: Plan,
     evaluators: list,  # (every, function() -> dict)
 ) -> Run:
-    "Tell the loop what it must know of a stage."
-    # The loop knows nothing of stages; here each of its questions gets its answer.
+    "Collect what the loop needs to know about a stage."
+    # The loop knows nothing about stages; this is where the two meet.
     config = stage.config
     device = stage.model.get_device()
 
     def save(step: int, cursors: dict, results: dict) -> Path:
-        "Save, with what the cursors have counted on the way."
+        "Save, adding the counts that the cursors carry to the results."
         results.update(too_long(cursors, device))
         return stage.save(step, cursors, results)
 
@@ -339,7 +339,7 @@ def loop_settings(
 
 
 def save_facts(stage: Stage, plan: Plan, results: dict) -> None:
-    "Write what the report shows of a stage."
+    "Write what the report shows about a stage."
     tokens = stage.num_steps * plan.total_batch_size
     measured = {
         name: value
@@ -359,16 +359,16 @@ def save_facts(stage: Stage, plan: Plan, results: dict) -> None:
 def run_stage(
     stage: Stage,
     plan: Plan,
-    make_batches: Callable[[dict | None], Iterator[Batch]],  # of cursors; for ever
+    make_batches: Callable[[dict | None], Iterator[Batch]],  # cursors -> endless stream
     evaluators: list,  # (every, function() -> dict)
-    warm: Path | None = None,  # checkpoint whose optimizer state a new run begins with
-) -> dict:  # the latest measurements
-    "Take a stage through its five steps."
+    warm: Path | None = None,  # checkpoint whose optimizer state a new run starts with
+) -> dict:  # the latest results
+    "Check, resume, train and record a stage that has begun."
     model = stage.model
     config = stage.config
     model.dtype = compute_dtype(model.get_device(), config.dtype)
 
-    # Does it fit, and whose run is it?
+    # Check that it fits, and find the run's checkpoint.
     if config.fp8:
         more = fp8_memory(model.config, plan.device_batch_size, model.dtype.itemsize)
         plan = replace(plan, memory=plan.memory + more)
@@ -377,9 +377,9 @@ def run_stage(
     if stage.saved is None and warm is not None:
         checkpoint.read_meta(warm, "optimizer*")
         checkpoint.load_optimizer(warm, stage.optimizer)
-        print0(f"{stage.name}: the optimizer begins with the state of {warm}")
+        print0(f"{stage.name}: the optimizer starts with the state of {warm}")
 
-    # Train what is left of it, and leave the numbers for the report.
+    # Train the remaining steps, and write the numbers for the report.
     results = stage.results
     if not stage.finished:
         stage.check()
@@ -394,14 +394,14 @@ def validation(
     stage_model,  # GPT
     tokenizer,
     stream: Callable[[], Iterator[Batch]],  # opens the validation text
-    steps: int,  # batches of this rank in a measurement
+    steps: int,  # batches per evaluation on this rank
 ) -> Callable[[], dict[str, float]]:
-    "Make the measurement of a stage: bits per byte of held-out text."
+    "Return a function that measures bits per byte of held-out text."
     sizes = tokenizer.token_bytes().to(stage_model.get_device())
-    next(stream())  # is there any? Now, not after hours.
+    next(stream())  # fail now, not after hours, if there is no validation text
 
     def measure() -> dict[str, float]:
-        "Read the same batches each time, from the beginning."
+        "Measure on the same batches each time."
         with torch.inference_mode():
             return {"val_bpb": evaluate_bpb(stage_model, stream(), steps, sizes)}
 
@@ -412,7 +412,7 @@ def validation_steps(
     config: TextConfig,
     context: int,  # T
 ) -> int:
-    "Return how many batches of this rank a measurement takes, at least one."
+    "Return the number of batches per evaluation on this rank, at least one."
     world = get_dist_info()[2]
     return max(1, config.eval_tokens // (config.device_batch_size * context * world))
 
@@ -422,7 +422,7 @@ def plan_pretraining(
     vocab_size: int,
     device: torch.device,
 ) -> Plan:
-    "Plan the run for this machine, say so, and refuse what does not fit."
+    "Plan the run for this machine and print the plan. Raises UserError if it won't fit."
     plan = base_plan(
         config,
         vocab_size,
@@ -444,7 +444,7 @@ def text_streams(
     tokenizer,
     device: torch.device,
 ) -> Callable[..., Iterator[Batch]]:  # function(split, cursors, num_streams)
-    "Fix what training and validation on plain text have in common."
+    "Return a function that opens batches of plain text, for training or validation."
 
     def text(
         split: str,  # "train" or "val"
@@ -469,20 +469,20 @@ def text_streams(
     return text
 
 
-def pretrain(config: BaseConfig) -> dict:  # the latest measurements
+def pretrain(config: BaseConfig) -> dict:  # the latest results
     "Pretrain a model on plain text."
     if config.dry_run:
         from nanochat.dry_run import dry_run
 
         return dry_run(config)
 
-    # A model as large as planned, with random weights.
+    # Build a model of the planned size, with random weights.
     device = begin(config)
     tokenizer = get_tokenizer()
     plan = plan_pretraining(config, tokenizer.get_vocab_size(), device)
     model = checkpoint.build_model(plan.model, device, config.seed)
 
-    # What it learns from, and what it is measured with.
+    # Open the training and validation data, and set up the stage.
     text = text_streams(config, tokenizer, device)
     validation_text = partial(text, "val", num_streams=get_dist_info()[2])
     steps = validation_steps(config, config.max_seq_len)
@@ -503,7 +503,7 @@ def pretrain(config: BaseConfig) -> dict:  # the latest measurements
 # %% ../nbs/06_training_process.ipynb #57a6e017
 def count_rows(tokenizer, task, seq_len: int) -> int:
     "Estimate how many packed rows one pass over a task fills, from a sample."
-    # A thousand of them, from everywhere.
+    # About a thousand, evenly spaced.
     sample = range(0, len(task), max(1, len(task) // 1000))
     lengths = []
     for index in sample:
@@ -514,14 +514,14 @@ def count_rows(tokenizer, task, seq_len: int) -> int:
 
 
 def chat_plan(config: ChatConfig, model, tokenizer, task) -> Plan:
-    "Plan a stage on conversations: the steps asked for, or one pass."
+    "Plan a stage on conversations: the requested number of steps, or one pass."
     context = model.config.sequence_len
     steps = config.num_iterations
     if steps < 0:
         rows = count_rows(tokenizer, task, context)
         steps = max(1, rows * context // config.total_batch_size)
 
-    # The shape is the model's: only the batch and the number of steps are ours.
+    # The shape is the model's; only the batch size and the number of steps are new.
     device = model.get_device()
     return make_plan(
         model.config,
@@ -542,7 +542,7 @@ def chat_streams(
     *,
     everything: bool,  # learn from every token, not only the assistant's
 ) -> Callable[..., Iterator[Batch]]:  # function(task, cursors, num_streams)
-    "Fix what training and validation on conversations have in common."
+    "Return a function that opens batches of conversations."
 
     def chats(
         task,  # len() and [i] -> conversation
@@ -568,13 +568,13 @@ def chat_streams(
 
 def train_on_chats(
     name: str,  # of the command: mid_train or chat_sft
-    sources: tuple[str, str],  # which checkpoint to continue, which to write
+    sources: tuple[str, str],  # stage to load from, stage to save to
     config: ChatConfig,
     tasks: tuple,  # training and validation conversations
     everything: bool,  # learn from every token, not only the assistant's
-) -> dict:  # the latest measurements
-    "Continue a model on conversations."
-    # The model that an earlier stage has made, and what this one does with it.
+) -> dict:  # the latest results
+    "Train a model further on conversations."
+    # Load the model of an earlier stage, and plan this one.
     device = begin(config)
     before, after = sources
     model, tokenizer, meta = checkpoint.load_model(before, device, config.source_tag)
@@ -582,7 +582,7 @@ def train_on_chats(
     plan = chat_plan(config, model, tokenizer, tasks[0])
     tell_amount(name, len(tasks[0]), plan, start)
 
-    # What it learns from, and what it is measured with.
+    # Open the training and validation data, and set up the stage.
     context = model.config.sequence_len
     chats = chat_streams(config, tokenizer, context, device, everything=everything)
     validation_chats = partial(chats, tasks[1], num_streams=get_dist_info()[2])
@@ -610,30 +610,30 @@ def tell_amount(
     name: str,
     size: int,  # conversations
     plan: Plan,
-    start: Path,  # checkpoint that is continued
+    start: Path,  # checkpoint that the stage starts from
 ) -> None:
-    "Say how much there is to learn from, and who learns."
+    "Print how much data there is and where the stage starts."
     print0(f"{name}: {size:,} conversations, {plan.num_steps} steps from {start}")
 
 
 def tell_too_long(name: str, results: dict, context: int) -> None:
-    "Say how many conversations were longer than the context."
+    "Print how many conversations were longer than the context."
     cut = results.get("conversations_cut", 0)
     dropped = results.get("conversations_dropped", 0)
     if cut or dropped:
         print0(
             f"{name}: {cut:,} conversations were cut after an answer and {dropped:,} "
-            f"dropped, because they are longer than {context} tokens"
+            f"dropped because they are longer than {context} tokens"
         )
 
 # %% ../nbs/06_training_process.ipynb #57a6e019
 def midtrain(config: ChatConfig) -> dict:
-    "Midtraining: teach a pretrained model the form of a conversation."
+    "Teach a pretrained model the format of conversations (midtraining)."
     tasks = open_mixture("mid", config)
     return train_on_chats("mid_train", ("base", "mid"), config, tasks, everything=True)
 
 
 def finetune(config: ChatConfig) -> dict:
-    "Supervised fine-tuning: learn only from what the assistant says."
+    "Fine-tune a model on the assistant's words only (supervised fine-tuning)."
     tasks = open_mixture("sft", config)
     return train_on_chats("chat_sft", ("mid", "sft"), config, tasks, everything=False)

@@ -7,21 +7,21 @@ __all__ = ['accumulate', 'StopSignal', 'Run', 'evaluate_due', 'speed', 'keep_sco
 # What one step promises:
 #
 #   Its gradient is that of the mean loss over all targets of all its micro-batches, on
-#   all ranks, wherever the cuts between them fall.
-#   It changes the weights once, or not at all. If its loss or the norm of its gradient
-#   is not finite, no weight and no average has changed when the run ends, and the batch
-#   is on the disk (`write_dump`). Without anything to learn (norm 0) it is skipped.
-#   It waits for the device once, to read three numbers: loss, norm, wish to stop.
-#   All ranks decide the same, since all read the same three numbers.
+#   all ranks, however the rows are split into micro-batches.
+#   It changes the weights once, or not at all. If its loss or gradient norm is not finite,
+#   the run ends with weights and optimizer state unchanged, and the batch is written to
+#   disk (`write_dump`). A step with nothing to learn (norm 0) is skipped.
+#   It waits for the device once, to read three numbers: loss, norm, stop request.
+#   All ranks make the same decision, because all read the same three numbers.
 #
-# And what the loop promises: step s is done with the learning rate of s, of a run that
-# counts from 0, however often it was interrupted; a checkpoint of step s holds what s
-# finished steps have made, with the cursors of the batches that they used. A wish to stop
-# is heard between two steps, and saved. The last save comes before the last measurement.
+# What the loop promises: step s uses the learning rate of step s, counted from 0 in the
+# first run, however often it was interrupted. A checkpoint of step s holds the result of
+# s finished steps and the cursors of the batches they used. A request to stop takes
+# effect between two steps, after a save. The last save comes before the last evaluation.
 #
-# A rank reads `micro_batches` batches in a step. Losses are in nats, norms are of the
-# whole gradient, times are seconds of wall-clock.
-#| doc: The training loop that pretraining, midtraining and fine-tuning share.
+# A rank reads `micro_batches` batches per step. Losses are in nats, norms are of the
+# whole gradient, and times are seconds of wall-clock time.
+#| doc: Run the training loop shared by pretraining, midtraining and fine-tuning.
 import gc
 import json
 import math
@@ -47,11 +47,11 @@ from .dataloader import Batch
 
 # %% ../nbs/06_training_process.ipynb #32ffb16a
 def accumulate(
-    model,  # forward(inputs, targets, loss_reduction="sum") -> scalar
+    model,  # model(inputs, targets, loss_reduction="sum") -> scalar
     micro: list[Batch],  # this rank's share of the step
 ) -> torch.Tensor:  # mean loss of the step over all ranks, in nats
     "Add the gradient of the step's mean loss to the parameters' gradients."
-    # First the number of targets: each micro-batch weighs what it has of them.
+    # Count the targets first: a micro-batch weighs as much as it has targets.
     count = torch.stack([(b.targets >= 0).sum() for b in micro]).sum()
     if dist.is_initialized():
         dist.all_reduce(count)
@@ -67,7 +67,7 @@ def accumulate(
 
 # %% ../nbs/06_training_process.ipynb #ad3dec7f
 class StopSignal:
-    "Turn SIGINT and SIGTERM into a wish that the loop reads between steps."
+    "Turn SIGINT and SIGTERM into a request that the loop reads between steps."
 
     def __enter__(self):
         self.wished = False
@@ -75,14 +75,14 @@ class StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[number] = signal.signal(number, self.note)
-            except ValueError:  # not in the main thread: nothing to catch
+            except ValueError:  # outside the main thread signals cannot be caught
                 pass
         return self
 
     def note(self, number, frame) -> None:
-        "Remember the signal; this is the handler of both."
+        "Remember that a signal came; this is the handler for both."
         if self.wished:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.wished = True
 
     def __exit__(self, *_):
@@ -90,8 +90,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> torch.Tensor:  # scalar, 1.0 or 0.0
-        "Tell whether any rank wishes to stop; reading the answer waits for the device."
-        # `full` fills on the device, where `tensor` would copy and wait.
+        "Return whether any rank was asked to stop; reading it waits for the device."
+        # `full` writes on the device; `tensor` would copy from the CPU and wait.
         wish = torch.full((), float(self.wished), device=device)
         if dist.is_initialized():
             dist.all_reduce(wish, dist.ReduceOp.MAX)
@@ -100,45 +100,45 @@ class StopSignal:
 # %% ../nbs/06_training_process.ipynb #6ea29e08
 @dataclass
 class Run:
-    "Everything `train` is told besides model, optimizer and batches."
+    "Everything `train` needs besides model, optimizer and batches."
 
-    name: str  # of the stage and its log, e.g. "base_train"
+    name: str  # of the stage, and of its log, e.g. "base_train"
     num_steps: int
-    micro_batches: int  # in a step, on this rank
-    lr_scale: Callable[[int], float]  # step -> factor on every learning rate
+    micro_batches: int  # per step, on this rank
+    lr_scale: Callable[[int], float]  # step -> factor on all learning rates
     momentum: Callable[[int], float] | None = None  # step -> Muon's momentum
     evaluators: list = field(default_factory=list)  # (every, function() -> dict)
     save: Callable | None = None  # function(step, cursors, results)
-    amend: Callable | None = None  # function(results): add the last measurements
-    save_every: int = -1  # steps; the last one is always saved
+    amend: Callable | None = None  # function(results): add the final results
+    save_every: int = -1  # steps; the last step is always saved
     start: int = 0  # steps already done
-    tag: str = ""  # of the run; each has a log of its own
-    results: dict = field(default_factory=dict)  # latest measurements, seconds so far
-    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: any
-    trackers: str = ""  # who is told besides the log, e.g. "tensorboard,wandb"
+    tag: str = ""  # name of the run; each run has its own log
+    results: dict = field(default_factory=dict)  # latest metrics, seconds so far
+    grad_clip: float = 0.0  # largest norm of the whole gradient; 0: no limit
+    trackers: str = ""  # where to log besides the file, e.g. "tensorboard,wandb"
     settings: dict = field(default_factory=dict)  # for the trackers to show
     flops_per_token: float = 0.0
-    peak: float = 0.0  # operations per second of one device; 0: not known
+    peak: float = 0.0  # operations per second of one device; 0: unknown
     saved: Path | str = "none"  # the last checkpoint
 
 # %% ../nbs/06_training_process.ipynb #3777bcff
 def evaluate_due(run: Run, step: int, log: RunLog) -> None:
-    "Run the evaluators whose turn it is; always at the end."
+    "Run the evaluators that are due at this step; after the last step, run all."
     for every, evaluator in run.evaluators:
         last = step == run.num_steps
         if last or (every > 0 and step % every == 0 and step > 0):
             measured = evaluator()
             run.results.update(measured)
             log.write(step=step, **measured)
-            gc.collect()  # the loop is interrupted anyway
+            gc.collect()  # the loop is paused anyway
 
 # %% ../nbs/06_training_process.ipynb #b145db15
 def speed(
     run: Run,
     micro: list[Batch],  # this rank's share of a step
-    seconds: float,  # that the step took
-) -> dict[str, float]:  # tokens per second of all ranks, share of the peak if known
-    "Tell how fast a step was."
+    seconds: float,  # duration of the step
+) -> dict[str, float]:  # tokens per second over all ranks; "mfu" if peak is known
+    "Return the speed of a step."
     world = get_dist_info()[2]
     rate = world * sum(b.inputs.numel() for b in micro) / seconds
     told = {"tokens_per_second": rate}
@@ -148,7 +148,7 @@ def speed(
 
 
 def keep_score(run: Run, record: dict[str, float], seconds: float) -> None:
-    "Add a step to the results: the time, and the loss if there was anything to learn."
+    "Add a step's time to the results, and its loss if there was anything to learn."
     loss = record["loss"]
     old = run.results.get("smooth_loss")
     if record["grad_norm"] > 0:
@@ -157,7 +157,7 @@ def keep_score(run: Run, record: dict[str, float], seconds: float) -> None:
 
 
 def show(bar: Progress, run: Run, step: int, record: dict[str, float]) -> None:
-    "Put a finished step on the line of progress."
+    "Show a finished step on the progress line."
     shown = {"loss": f"{run.results.get('smooth_loss', math.nan):.3f}"}
     shown["norm"] = f"{record['grad_norm']:.3g}"
     if "val_bpb" in run.results:
@@ -169,19 +169,19 @@ def show(bar: Progress, run: Run, step: int, record: dict[str, float]) -> None:
 
 # %% ../nbs/06_training_process.ipynb #1a7002a2
 def is_broken(values: torch.Tensor | None) -> bool:
-    "Tell whether a tensor holds a number that is not finite."
+    "Return whether a tensor contains a number that is not finite."
     return values is not None and not bool(values.isfinite().all())
 
 
 def describe_failure(
     step: int,
-    numbers: dict[str, float],  # loss, norm of the gradient
+    numbers: dict[str, float],  # loss and gradient norm
     model,  # with this rank's gradients
     micro: list[Batch],  # this rank's share of the step
 ) -> dict:  # anything JSON can hold
-    "Collect what is needed to find out why a step failed, and to repeat it."
+    "Collect everything needed to repeat a failed step and find its cause."
     rank, _, world = get_dist_info()
-    # A compiled model puts a prefix before all its names.
+    # A compiled model adds a prefix to all names.
     named = {k.removeprefix("_orig_mod."): p for k, p in model.named_parameters()}
     batches = []
     for batch in micro:
@@ -205,26 +205,26 @@ def describe_failure(
 
 
 def write_dump(
-    name: str,  # of the run
+    name: str,  # name of the run's stage
     step: int,
-    numbers: dict[str, float],  # loss, norm of the gradient
+    numbers: dict[str, float],  # loss and gradient norm
     model,  # with this rank's gradients
     micro: list[Batch],  # this rank's share of the step
     *,
     saved: Path | str,  # the last checkpoint
-) -> str:  # what to tell the user
-    "Write down a step that failed."
+) -> str:  # the error message for the user
+    "Write a failed step to a file, one per rank."
     rank, _, world = get_dist_info()
     path = get_base_dir() / "runs" / f"{name}_step_{step:06d}_rank_{rank}.json"
     write_atomic(path, json.dumps(describe_failure(step, numbers, model, micro)))
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves before all have written
+        dist.barrier()  # no rank exits before all have written
     said = " and ".join(f"{key} {value}" for key, value in numbers.items())
-    others = ", one file for each rank" if world > 1 else ""
+    others = ", one file per rank" if world > 1 else ""
     return (
-        f"step {step} of {name} has {said}: no weight was changed. Its batch is in "
+        f"step {step} of {name} has {said}: no weights were changed. The batch is in "
         f"{path}{others}; last checkpoint: {saved}. Run the same command again: if it "
-        "passes, suspect the hardware. If not, begin another --tag with lower rates, "
+        "passes, suspect the hardware. If not, use a new --tag with a lower --lr-frac, "
         "--grad-clip 1.0 or --dtype float32"
     )
 
@@ -237,12 +237,12 @@ def take_step(
     step: int,
     *,
     stop: StopSignal,
-) -> tuple[dict[str, float], bool]:  # loss, norm, factor on the rates; whether to stop
-    "Change the weights once, unless loss or gradient are not finite."
+) -> tuple[dict[str, float], bool]:  # loss, norm, learning rate factor; whether to stop
+    "Update the weights once, unless the loss or the gradient is not finite."
     loss = accumulate(model, micro)
     norm = optimizer.grad_norm()
     wish = stop.agreed(loss.device)
-    # The only place at which the step waits for the device.
+    # The only place where the step waits for the device.
     loss, norm, wish = torch.stack([loss, norm, wish]).tolist()
     numbers = {"loss": loss, "grad_norm": norm}
     if not math.isfinite(loss + norm):
@@ -250,7 +250,7 @@ def take_step(
             write_dump(run.name, step, numbers, model, micro, saved=run.saved)
         )
 
-    # Without anything to learn from, momentum would move the weights even so.
+    # With nothing to learn from, momentum alone would still move the weights.
     scale = run.lr_scale(step)
     if norm > 0:
         momentum = run.momentum(step) if run.momentum else None
@@ -261,10 +261,10 @@ def take_step(
 # %% ../nbs/06_training_process.ipynb #e0b4d218
 @contextmanager
 def quiet_gc():
-    "Switch automatic garbage collection off, and back on at the end."
+    "Turn automatic garbage collection off, and on again at the end."
     was_on = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is alive now need never be looked through again
+    gc.freeze()  # what is alive now need not be examined again
     gc.disable()
     try:
         yield
@@ -276,11 +276,11 @@ def quiet_gc():
 # %% ../nbs/06_training_process.ipynb #91ab06fe
 def save_if_due(
     run: Run,
-    step: int,  # steps done; more are to come
-    cursors: dict,  # stream -> where it stands
-    stopping: bool,  # somebody has asked to stop
+    step: int,  # steps done; not the last
+    cursors: dict,  # stream -> its cursor
+    stopping: bool,  # a stop was requested
 ) -> None:
-    "Save between two steps: if it is time, or before the loop stops as asked."
+    "Save between two steps if a save is due or the loop was asked to stop."
     due = run.save_every > 0 and step % run.save_every == 0
     if run.save and (stopping or due):
         run.saved = run.save(step, cursors, run.results)
@@ -292,18 +292,18 @@ def save_if_due(
 def train(
     model,  # called as the GPT's forward; may be compiled
     optimizer,  # grad_norm(), step(lr_scale, momentum, clip), zero_grad()
-    batches: Iterator[Batch],  # this rank's micro-batches, for ever
+    batches: Iterator[Batch],  # this rank's micro-batches, endless
     run: Run,
-) -> dict:  # the latest measurements
-    "Take optimizer steps until the plan is fulfilled or somebody asks to stop."
+) -> dict:  # the latest results
+    "Take optimizer steps until all are done or a stop is requested."
     log = RunLog(run.name, run.start, run.trackers, run.settings, tag=run.tag)
     bar = Progress(run.num_steps, run.name, run.start)
-    cursors: dict = {}  # stream -> where it stands
+    cursors: dict = {}  # stream -> its cursor
     with log, StopSignal() as stop, quiet_gc():
         for step in range(run.start, run.num_steps):
             evaluate_due(run, step, log)
 
-            # Read, learn, write down what came of it.
+            # Read the batches, take the step, log the result.
             begun = time.perf_counter()
             micro = [next(batches) for _ in range(run.micro_batches)]
             cursors.update({str(b.stream): b.cursor for b in micro})
@@ -314,12 +314,12 @@ def train(
             keep_score(run, record, seconds)
             show(bar, run, step, record)
 
-            # After the last step this happens below, also when asked to stop.
+            # After the last step, the code below saves, even if a stop was requested.
             if step + 1 == run.num_steps:
                 break
             save_if_due(run, step + 1, cursors, stopping)
 
-        # Saved first: a measurement that fails must not cost the training.
+        # Save first, because a failing evaluation must not cost the training.
         if run.save and run.start < run.num_steps:
             run.saved = run.save(run.num_steps, cursors, run.results)
         evaluate_due(run, run.num_steps, log)

@@ -37,7 +37,10 @@ class Faults:
     "Count the calls by which a save changes the disk; the chosen one fails or kills."
 
     def __init__(self, monkeypatch, at: int, fail):
-        self.count, self.at, self.fail, self.names = 0, at, fail, []
+        self.count = 0
+        self.at = at
+        self.fail = fail
+        self.names = []
         for owner, name in [
             (os, "replace"),
             (os, "fsync"),
@@ -121,7 +124,8 @@ def trained():
 
 
 def write(folder: Path, step: int, trained, keep: int = 2) -> None:
-    cursors, meta = {"0": {"left": [step]}}, {"results": {}}
+    cursors = {"0": {"left": [step]}}
+    meta = {"results": {}}
     checkpoint.save(folder, step, *trained, cursors, meta=meta, keep=keep)
 
 
@@ -166,7 +170,7 @@ def test_a_save_that_fails_anywhere_loses_nothing(
                 failures.append(faults.names[at - 1])
                 full = number == errno.ENOSPC
                 assert ("disk full" if full else "cannot write") in str(error)
-                assert "nothing before it is lost" in str(error)
+                assert "no earlier checkpoint is lost" in str(error)
                 assert "run the same command again" in str(error)
             else:
                 # a failing clean-up of rubbish is no failure of the save
@@ -271,7 +275,7 @@ def test_damage_is_found_and_the_earlier_checkpoint_gives_the_same_end(
     damage(two_steps / "step_000002" / names[-1])
     main(BaseConfig(**tiny, tag="parts"))
     printed = capsys.readouterr().out
-    assert "WARNING" in printed and "continuing from step 1" in printed
+    assert "WARNING" in printed and "resuming from step 1" in printed
     assert weights_hash(two_steps) == weights_hash(two_steps.with_name("whole"))
 
 
@@ -293,7 +297,7 @@ def test_every_bit_of_the_description_counts(tmp_path, trained):
 def test_when_nothing_is_whole_it_says_so(two_steps, tiny):
     for step in two_steps.glob("step_*"):
         flip(step / "model.safetensors")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         main(BaseConfig(**tiny, tag="parts"))
 
 
@@ -347,7 +351,8 @@ def test_a_save_takes_less_than_a_step(tmp_path):
     model.init_weights(0)
     optimizer = setup_optimizer(model)
     ids = torch.randint(2048, (16, 257), generator=torch.Generator().manual_seed(0))
-    step, save = [], []
+    step = []
+    save = []
     for i in range(3):
         begun = time.perf_counter()
         accumulate(model, [Batch(ids[:, :-1], ids[:, 1:].clone())])

@@ -139,7 +139,8 @@ def test_a_transformers_generates_the_same(folder):
     prompt.append(tokenizer.encode_special("<|assistant_start|>"))
     for ids in ([5], prompt, *([bos] for bos in range(40, 60))):
         out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)
-        out, naive = out[0, len(ids) :].tolist(), []
+        out = out[0, len(ids) :].tolist()
+        naive = []
         for token in ours.generate(ids, 40, temperature=0):
             naive.append(token)
             if token in ends:
@@ -150,7 +151,8 @@ def test_a_transformers_generates_the_same(folder):
 
 
 def test_a_transformers_tokenizes_the_same(folder):
-    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = tiny_tokenizer()
     texts = [*TEXT, "  two  spaces\n\n\n12345 l'été I'LL \t x", "日本 naïve ½", ""]
     texts += [
         "\r\n \u00a0\u3000\u2028 'ſ 'S",
@@ -165,7 +167,8 @@ def test_a_transformers_tokenizes_the_same(folder):
 
 @pytest.mark.parametrize("length", range(2, len(CONVERSATION) + 1))
 def test_a_chat_template_gives_the_same_ids(folder, length):
-    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = tiny_tokenizer()
     messages = CONVERSATION[:length]
     expected, _ = ours.render_conversation({"messages": messages})
     found = theirs.apply_chat_template(messages, return_dict=False)
@@ -288,7 +291,7 @@ def test_b_older_spellings_are_read(copy):
         ({"hidden_size": True}, "no hidden_size"),
         ({"rms_norm_eps": float("nan")}, "no rms_norm_eps"),
         ({"final_logit_softcapping": "absent"}, "no final_logit_softcapping"),
-        ({"hidden_size": 0}, "describes no model"),
+        ({"hidden_size": 0}, "does not describe a valid model"),
         ({"num_hidden_layers": "absent"}, "no num_hidden_layers"),
         ({"intermediate_size": 500}, "intermediate_size=500"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
@@ -450,7 +453,9 @@ LATE = ("resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_la
 
 def july_weights(c: dict) -> dict[str, torch.Tensor]:
     "Random values under nanochat's names; the tables have 320 rows for 309 tokens."
-    C, L, rows = c["n_embd"], c["n_layer"], -(-c["vocab_size"] // 64) * 64
+    C = c["n_embd"]
+    L = c["n_layer"]
+    rows = -(-c["vocab_size"] // 64) * 64
     kv = C // c["n_head"] * c["n_kv_head"]
     shapes = {"transformer.wte.weight": (rows, C), "lm_head.weight": (rows, C)}
     shapes |= {"resid_lambdas": (L,), "x0_lambdas": (L,), "backout_lambda": (1,)}
@@ -480,8 +485,10 @@ def plain_norm(x: torch.Tensor) -> torch.Tensor:
 
 def july_attention(w: dict, c: dict, i: int, x, ids) -> torch.Tensor:
     "Layer `i` of one row: (T, C) to (T, C), one query after the other."
-    D, L = c["n_embd"] // c["n_head"], c["n_layer"]
-    h, r = f"transformer.h.{i}.attn", plain_norm(x)
+    D = c["n_embd"] // c["n_head"]
+    L = c["n_layer"]
+    h = f"transformer.h.{i}.attn"
+    r = plain_norm(x)
     q, k, v = ((r @ w[f"{h}.c_{m}.weight"].T).unflatten(-1, (-1, D)) for m in "qkv")
     if i % 2 == (L - 1) % 2:
         gate = 3 * (r[:, :12] @ w[f"{h}.ve_gate.weight"].T).sigmoid()
@@ -512,7 +519,8 @@ def july_logits(w: dict, c: dict, ids: torch.Tensor) -> torch.Tensor:
     for t in range(1, len(ids)):
         share = (w["smear_gate.weight"][0] @ e[t, :24]).sigmoid()
         x[t] += w["smear_lambda"][0] * share * e[t - 1]
-    start, after = x, []
+    start = x
+    after = []
     for i in range(c["n_layer"]):
         x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * start
         x = x + july_attention(w, c, i, x, ids)
@@ -527,7 +535,8 @@ def july_logits(w: dict, c: dict, ids: torch.Tensor) -> torch.Tensor:
 
 def write_july(folder: Path, config: dict, weights: dict) -> Path:
     "Lay a checkpoint out as nanochat does, the tokenizer apart; return its folder."
-    here, home = folder / "base_checkpoints" / "d5", folder / "tokenizer"
+    here = folder / "base_checkpoints" / "d5"
+    home = folder / "tokenizer"
     for place in (here, home):
         place.mkdir(parents=True)
     torch.save(weights, here / "model_000650.pt")
@@ -669,7 +678,8 @@ def test_c_only_numbered_steps_are_steps(tmp_path):
 
 @pytest.mark.parametrize("victim", ["model_000650.pt", "tokenizer.pkl"])
 def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
-    folder, mark = nanochat_folder(tmp_path / "in", random_model()), tmp_path / "ran"
+    folder = nanochat_folder(tmp_path / "in", random_model())
+    mark = tmp_path / "ran"
     if victim == "tokenizer.pkl":
         (folder / victim).write_bytes(pickle.dumps(Attack(mark)))
     else:

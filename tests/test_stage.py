@@ -72,7 +72,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**6))
     check_disk(tmp_path, 400_000, 2)
-    with pytest.raises(UserError, match=r"3 of 0\.00 GB will be there at once: free"):
+    with pytest.raises(UserError, match=r"3 of 0\.00 GB must fit at once: free"):
         check_disk(tmp_path, 400_000, 3)
     (tmp_path / "step_000001").mkdir()  # an earlier checkpoint makes room
     (tmp_path / "step_000001" / "model.safetensors").write_bytes(bytes(400_000))
@@ -162,7 +162,7 @@ def test_the_deepest_model_is_found_by_its_configuration(base_dir, tiny):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     assert find_resume(tmp_path, lambda meta: "") == (None, {})
     (tmp_path / "step_000004").mkdir()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         find_resume(tmp_path, lambda meta: "")
     assert "not a complete checkpoint" in capsys.readouterr().out
     assert find_resume(tmp_path, lambda meta: "", overwrite=True) == (None, {})

@@ -165,7 +165,8 @@ def test_special_names_in_text_stay_text(tok, name):
 
 
 def test_batches_prepend_append(tok):
-    bos, end = tok.get_bos_token_id(), tok.encode_special("<|assistant_end|>")
+    bos = tok.get_bos_token_id()
+    end = tok.encode_special("<|assistant_end|>")
     rows = tok.encode(DOCS, prepend="<|bos|>", append=end)
     assert rows == [[bos, *tok.encode(doc), end] for doc in DOCS]
     assert tok("hi", prepend=bos) == tok.encode("hi", prepend="<|bos|>")
@@ -502,7 +503,8 @@ def test_render_for_completion(plain):
         plain.render_for_completion({"messages": CHAT["messages"][:2]})
 
 
-USER, ASSISTANT = CHAT["messages"][1], CHAT["messages"][4]
+USER = CHAT["messages"][1]
+ASSISTANT = CHAT["messages"][4]
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ def split_calculations(
     return parts
 
 # %% ../../nbs/09_evaluation.ipynb #7c497838
-MARKUP = " \t\n:=*_`~$\\({["  # may stand between #### and the number
+MARKUP = " \t\n:=*_`~$\\({["  # allowed between #### and the number
 
 
 def hash_answer(
     text: str,  # solution or reply
-) -> str | None:  # canonical number behind the last ####
-    "Read the final answer of a GSM8K solution."
+) -> str | None:  # canonical number after the last ####
+    "Return the final answer of a GSM8K solution."
     for answer in reversed(re.split(r"#{4,}", text)[1:]):
         # "**42**", "$42$" and "\boxed{42}" are the same answer.
         bare = answer.lstrip(MARKUP).removeprefix("boxed").lstrip(MARKUP)
@@ -60,14 +60,14 @@ class GSM8K(RowsTask):
         super().__init__("openai/gsm8k", subset, split, **view)
 
     def get_example(self, index: int) -> dict[str, Any]:
-        "One problem with its worked solution."
+        "Return one problem with its worked solution."
         row = self.row(index)
         question = {"role": "user", "content": row["question"]}
         solution = split_calculations(row["answer"])
         return {"messages": [question, {"role": "assistant", "content": solution}]}
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
-        "Compare the numbers behind the last ####."
+        "Compare the numbers after the last ####."
         parts = conversation["messages"][-1]["content"]
         wanted = hash_answer("".join(p["text"] for p in parts))
         return wanted is not None and hash_answer(final_text(completion)) == wanted

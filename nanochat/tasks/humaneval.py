@@ -25,7 +25,7 @@ def fenced_blocks(
             indent, fence, language = opening.groups()
             blocks.append((language.lower(), []))
         elif fence:
-            # A fence deeper than the opening one belongs to the code: a docstring's.
+            # A fence indented deeper than the opening one belongs to a docstring.
             bare = line.strip().startswith(fence)
             if bare and not line.startswith(indent + "    "):
                 fence = ""
@@ -41,21 +41,21 @@ def defines(
     code: str,  # a program
     name: str,  # a function
 ) -> bool:
-    "Whether a program defines a function, as its text has it."
+    "Return whether a program's text defines a function."
     return re.search(rf"\bdef\s+{re.escape(name)}\s*\(", code) is not None
 
 
 def extract_code(
     completion: str,  # reply, perhaps with fenced blocks
-    name: str = "",  # function that is wanted; empty: any
-) -> str:  # the program in it
-    "Take the first Python block that defines the function, else the first, else all."
+    name: str = "",  # the requested function; empty: any
+) -> str:  # the program in the reply
+    "Return the first Python block that defines a function, else the first, else all."
     blocks = fenced_blocks(completion)
     python = [code for kind, code in blocks if re.fullmatch(r"(py|python)[\d.]*", kind)]
     usable = python or [code for kind, code in blocks if not kind]
     wanted = [code for code in usable if name and defines(code, name)]
     if not wanted and name and defines(completion, name):
-        return completion  # what looked like a block is the example in a docstring
+        return completion  # the block was an example in a docstring
     return (wanted or usable or [completion])[0]
 
 # %% ../../nbs/09_evaluation.ipynb #7647afe2
@@ -72,7 +72,7 @@ class HumanEval(RowsTask):
         self.unsafe = unsafe
 
     def get_example(self, index: int) -> dict[str, Any]:
-        "The signature with its docstring, and the canonical solution."
+        "Return the signature with its docstring, and the canonical solution."
         row = self.row(index)
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
         turns = [("user", row["prompt"]), ("assistant", solution)]
@@ -84,7 +84,7 @@ class HumanEval(RowsTask):
         }
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
-        "Run the reply with the tests; passed only if the last line is reached."
+        "Run the reply with the tests; it passes only if the last line is reached."
         prompt = conversation["messages"][0]["content"]
         entry = conversation["entry_point"]
         code = extract_code(final_text(completion), entry)

@@ -23,7 +23,7 @@ class MMLU(ChoiceTask):
         super().__init__("cais/mmlu", subset, split, **view)
 
     def parse(self, row: dict[str, Any]) -> tuple[str, list[str], list[str], str]:
-        "Read a row; the answer is an index."
+        "Read a row, whose answer is an index."
         row = row.get("train", row)
         letters = ["A", "B", "C", "D"]
         return row["question"], letters, list(row["choices"]), letters[row["answer"]]

@@ -22,6 +22,6 @@ class SmolTalk(RowsTask):
         super().__init__("HuggingFaceTB/smol-smoltalk", "data", split, **view)
 
     def get_example(self, index: int) -> dict[str, Any]:
-        "One conversation."
+        "Return one conversation."
         messages = self.row(index)["messages"]
         return {"messages": check_messages(messages, f"SmolTalk row {index}")}
