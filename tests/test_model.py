@@ -151,7 +151,7 @@ def test_too_many_positions_are_an_error():
     with pytest.raises(ValueError, match="positions"):
         model(random_ids(1, 1), kv_cache=cache)
     small = cache_for(model, 1, capacity=4)
-    with pytest.raises(ValueError, match="holds 4 positions, 5 are needed"):
+    with pytest.raises(ValueError, match="holds 4 positions, but 5 are needed"):
         model(random_ids(1, 5), kv_cache=small)
 
 
