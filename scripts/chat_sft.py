@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: learn only from what the assistant says.
+"""Fine-tune a model on conversations, training only on the assistant's replies.
 
 python -m scripts.chat_sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft

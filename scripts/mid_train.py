@@ -1,4 +1,4 @@
-"""Midtraining: teach a pretrained model the form of a conversation.
+"""Midtrain a pretrained model on the format of conversations.
 
 python -m scripts.mid_train
 torchrun --standalone --nproc_per_node=8 -m scripts.mid_train

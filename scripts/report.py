@@ -1,4 +1,4 @@
-"""Build report.md and report.html from what the stages have saved.
+"""Write report.md and report.html from what the stages have saved.
 
 python -m scripts.report
 """

@@ -239,8 +239,8 @@ def test_what_is_no_row_of_ids_is_named(tok, ids, says):
     "end, says",
     [
         ("bos", "<|bos|>"),
-        ("", "no special token"),
-        ("<|eos|>", "no special token"),
+        ("", "not a special token"),
+        ("<|eos|>", "not a special token"),
         (365, "no such token"),
         (-1, "no such token"),
         (1.0, "must be an integer"),
@@ -273,9 +273,9 @@ def test_an_id_of_numpy_or_pytorch_stands_at_an_end(tok):
         (bytearray(b"bytes"), "got bytearray"),
         ({"a": 1}, "got dict"),
         ({"a"}, "got set"),
-        (["fine", None], "number 1 of the list is NoneType"),
-        (["fine", "fine", b"bytes"], "number 2 of the list is bytes"),
-        ([["fine"]], "number 0 of the list is list"),
+        (["fine", None], "item 1 of the list is NoneType"),
+        (["fine", "fine", b"bytes"], "item 2 of the list is bytes"),
+        ([["fine"]], "item 0 of the list is list"),
         (Path("fine"), "got "),
     ],
 )
@@ -294,7 +294,7 @@ def test_texts_of_any_iterable(tok):
 
 @pytest.mark.parametrize("name", ["bos", None, 3, ["<|bos|>"], b"<|bos|>"])
 def test_special_tokens_are_asked_for_by_name(tok, name):
-    with pytest.raises(UserError, match="no special token"):
+    with pytest.raises(UserError, match="not a special token"):
         tok.encode_special(name)
 
 
