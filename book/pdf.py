@@ -83,6 +83,8 @@ def clean_code(soup, body) -> None:
     "Convert code to plain text with its language, for Typst to highlight."
     for block in body.select("div.highlight"):
         classes = block.parent.get("class", [])
+
+        # Sphinx wraps code in the class of its language: `highlight-python`.
         name = next((c[10:] for c in classes if c.startswith("highlight-")), "")
         for number in block.select(".linenos"):
             number.decompose()
@@ -92,6 +94,8 @@ def clean_code(soup, body) -> None:
         code.string = block.get_text().rstrip("\n")
         pre.append(code)
         block.replace_with(pre)
+
+    # Two boxes that the template draws in its own way.
     for caption in body.select(".code-block-caption"):
         caption["class"] = ["lstcap"]
     for cell in body.select("div.cell.tag_exported"):
@@ -105,7 +109,8 @@ def clean_math(soup, body) -> None:
         number = number.extract().get_text().strip() if number else ""
         formula = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)[1]
         div.clear()
-        div["class"], div["data-no"] = ["equation"], number
+        div["class"] = ["equation"]
+        div["data-no"] = number
         paragraph = soup.new_tag("p")
         paragraph.string = r"\[" + formula.strip().replace(r"\!", "") + r"\]"
         div.append(paragraph)
@@ -144,7 +149,10 @@ def clean(html: str) -> tuple[str, str]:
 
 def modern(line: str) -> str:
     "Rename symbols in the formulas of a line."
-    formula = lambda m: functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+
+    def formula(m):
+        return functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+
     return re.sub(r"(?<!\\)\$.+?(?<!\\)\$", formula, line)
 
 
@@ -163,23 +171,31 @@ def to_typst(html: Path) -> tuple[str, list[str]]:
     link = r"#link\(<([^>]*)>\)"
     defined = set(re.findall(r"<([\w.:-]+)>", re.sub(link, "", source)))
     dead = sorted({name for name in re.findall(link, source) if name not in defined})
-    keep = lambda m: m[0] if m[1] in defined else "#box"
+
+    def keep(m):
+        return m[0] if m[1] in defined else "#box"
+
     return re.sub(link, keep, source), dead
 
 
 def main(source: str, out: str) -> None:
     "Write the PDF, keeping Typst's input next to it."
-    began, pages = time.time(), Path(source)
+    began = time.time()
+    pages = Path(source)
     body, title = clean((pages / "index.html").read_text(encoding="utf-8"))
     work = Path(out).with_suffix(".typst")
     work.mkdir(parents=True, exist_ok=True)
     (work / "body.html").write_text(body, encoding="utf-8")
+
+    # The pages are kept beside the PDF, for when Typst complains about a line.
     typ, dead = to_typst(work / "body.html")
     if (pages / "_images").is_dir():
         shutil.copytree(pages / "_images", work / "_images", dirs_exist_ok=True)
     template = (HERE / "pdf.typ").read_text(encoding="utf-8")
     template = template.replace("TITLE", title).replace("AUTHOR", AUTHOR)
     (work / "book.typ").write_text(template + typ, encoding="utf-8")
+
+    # The fonts of the book alone: the same pages on every machine.
     fonts = [str(HERE / "fonts")]
     try:
         file = str(work / "book.typ")

@@ -146,6 +146,8 @@ def table(results: dict[str, list], size: float) -> list[str]:
         for phase in PHASES:
             base = middle(plain, phase)
             now = middle(runs, phase)
+
+            # A smaller difference is not worth a mark.
             times = f" ({now / base:.1f}×)" if now > 1.08 * base else ""
             cells.append(f"{1000 * now:.0f}{times}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
@@ -161,6 +163,8 @@ def main() -> None:
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--tiny", action="store_true", help="two variants, little text")
     options = parser.parse_args()
+
+    # The embedded text, which every machine has.
     docs = [text for text, _ in iter_documents("train", data="embedded")]
     if options.tiny:
         docs = docs[:30]

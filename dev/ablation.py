@@ -225,6 +225,8 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
     for row in done:
         if wanted.items() <= row.items():
             return row["bpb"]
+
+    # A process of its own, so that no run finds the memory or threads of another.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = [name, str(seed), str(factor), folder, str(steps)]
     command = [sys.executable, __file__, "--job", *job]
@@ -232,6 +234,8 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     row = json.loads(out.stdout.splitlines()[-1])
+
+    # Kept at once: who stops the study loses one run.
     with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)

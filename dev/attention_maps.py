@@ -174,12 +174,17 @@ def habits(model, tokenizer, tiny: bool = False) -> dict:
 def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
     "Record one text: tokens, weights in thousandths (rows up to the diagonal), entropies."
     w = look(model, torch.tensor([ids]))
-    rows = (w[:, 0] * 1000).round().int().flatten(0, 1).tolist()
+    heads = (w[:, 0] * 1000).round().int().flatten(0, 1).tolist()
+
+    # The rest of a row is zero: a position does not see the ones after it.
+    weights = []
+    for head in heads:
+        weights.append([row[: t + 1] for t, row in enumerate(head)])
     return {
         "name": name,
         "tokens": [tokenizer.id_to_token(i) for i in ids],
         "entropy": mean_by_head(entropy(w)),
-        "weights": [[row[: t + 1] for t, row in enumerate(head)] for head in rows],
+        "weights": weights,
     }
 
 
@@ -256,6 +261,8 @@ def main() -> None:
     base, tokenizer, base_meta = load_model("base", cpu)
     chat, _, chat_meta = load_model("rl", cpu)
     sentence = tokenizer.encode(SENTENCE, prepend="<|bos|>")
+
+    # Each part asks the model that it is about.
     record = {
         "command": "python dev/attention_maps.py dev/records/attention_maps.json",
         "date": date.today().isoformat(),
@@ -268,6 +275,8 @@ def main() -> None:
         "variant": sum_of(chat, tokenizer, "another wording (chat model)", VARIANT),
         "calls": calls(chat, tokenizer, 3 if options.tiny else SUMS),
     }
+
+    # One line for each part, or a change of a number would be a diff of thousands.
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     with open(target, "w") as file:

@@ -118,15 +118,19 @@ def gemm_rate(size: int) -> float:
     return 2 * size**3 / min(take_turns({"": lambda: a @ b}, 40)[""])
 
 
+def training_batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) each
+    "Draw inputs and targets."
+    g = torch.Generator().manual_seed(1)
+    shape = (case.rows, case.config.sequence_len + 1)
+    ids = torch.randint(case.config.vocab_size, shape, generator=g)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
 def training_speed(case: Case, compiled: bool) -> dict:
     "Measure tokens per second of forward and backward, ours and theirs."
     model = our_model(case)
     theirs = their_model(model)
-    g = torch.Generator().manual_seed(1)
-    shape = (case.rows, case.config.sequence_len + 1)
-    ids = torch.randint(case.config.vocab_size, shape, generator=g)
-    x = ids[:, :-1].contiguous()
-    y = ids[:, 1:].contiguous()
+    x, y = training_batch(case)
     our_call = model
     their_call = theirs
     if compiled:
@@ -163,7 +167,10 @@ def in_processes(case: Case, how: str) -> dict:
         told = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(told.stdout.splitlines()[-1]))
         print(how, runs[-1], flush=True)
-    row = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+
+    row = {}
+    for key in runs[0]:
+        row[key] = statistics.median(run[key] for run in runs)
     share = row["ours"] * flops_per_token(case.config) / row["gemm_flops"]
     ratios = sorted(r["ratio"] for r in runs)
     return {"how": how, **row, "share_of_gemm": share, "ratios": ratios}
@@ -200,6 +207,7 @@ def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
         x.grad = w.grad = None
         cross_entropy(softcap(x @ w.T, 15.0), targets).backward()
 
+    # Memory before time, one after the other: taking turns would mix the peaks.
     steps = {"plain": plain, "chunked": chunked}
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     seconds = take_turns(steps, 5)
@@ -231,6 +239,8 @@ def show(facts: dict) -> None:
             f"| {r['ratio']:.2f} ({r['ratios'][0]:.2f} to {r['ratios'][-1]:.2f}) "
             f"| {r['share_of_gemm']:.0%} |"
         )
+
+    # What the chunked loss saves, and what it costs.
     print("\n| loss | plain | chunked | speed |\n|---|---|---|---|")
     for r in facts["loss"]:
         print(

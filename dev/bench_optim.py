@@ -68,6 +68,15 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+# What may take the place of Muon's `orthogonalize` in a step.
+WAYS = {
+    "two steps, cans": lambda x, *_: orthogonalize(x, "cans"),
+    "five steps": lambda x, *_: orthogonalize(x),
+    "five plain steps": lambda x, *_: plain(x),
+    "five steps in bfloat16": lambda x, *_: orthogonalize(x, dtype=torch.bfloat16),
+}
+
+
 def share(model: GPT, optimizers) -> dict:
     "Let training steps run; how much of each is the optimizer's?"
     shape = (ROWS, model.config.sequence_len + 1)
@@ -85,18 +94,14 @@ def share(model: GPT, optimizers) -> dict:
         run_jobs(optimizers.parts["adamw"].jobs())
 
     steps = {"passes": passes, "adamw": adamw}
-    ways = {
-        "two steps, cans": lambda x, *_: orthogonalize(x, "cans"),
-        "five steps": lambda x, *_: orthogonalize(x),
-        "five plain steps": lambda x, *_: plain(x),
-        "five steps in bfloat16": lambda x, *_: orthogonalize(x, dtype=torch.bfloat16),
-    }
-    for name, iterate in ways.items():
+    for name, iterate in WAYS.items():
         steps[name] = partial(muon, iterate)
     seconds = take_turns(steps)
-    facts = {name: statistics.median(values) for name, values in seconds.items()}
-    facts = {"seconds": facts}
-    for name in ways:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+
+    # Shares of each turn: a slow moment of the machine is in both parts of a ratio.
+    facts = {"seconds": medians}
+    for name in WAYS:
         both = [a + b for a, b in zip(seconds["adamw"], seconds[name])]
         whole = [a + b for a, b in zip(seconds["passes"], both)]
         facts[f"share with {name}"] = ratio(both, whole)
@@ -110,11 +115,15 @@ def iterations(model: GPT, method: str) -> dict:
         torch.randn(p.shape, generator=g) for p in model.transformer.h.parameters()
     ]
     stacks = [torch.stack(group) for group in by_shape(grads)]
+
+    # Like shapes in one product, and each matrix by itself.
     ways = {
         "ours": lambda: [orthogonalize(stack, method) for stack in stacks],
         "plain, stacked": lambda: [plain(stack, method) for stack in stacks],
         "plain, one by one": lambda: [plain(x, method) for s in stacks for x in s],
     }
+
+    # A faster way that gives other numbers would be no comparison.
     pairs = zip(ways["ours"](), ways["plain, stacked"]())
     gap = max((a - b).abs().max().item() for a, b in pairs)
     seconds = take_turns(ways)
@@ -134,6 +143,8 @@ def adamw(model: GPT) -> dict:
         "foreach": (theirs, {"foreach": True, "fused": False}),
         "fused": (theirs, {"foreach": False, "fused": True}),
     }
+
+    # Each gets weights of its own, at zero, and the same gradients.
     steps = {}
     for name, (kind, options) in makers.items():
         params = [torch.zeros_like(grad) for grad in grads]
@@ -153,6 +164,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the smallest case")
     args = parser.parse_args()
     record = {"environment": environment(), "load": os.getloadavg()}
+
+    # One thread shows the arithmetic, two what is lost by waiting.
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(0)

@@ -63,6 +63,8 @@ def train(rival: str, docs: list[str]):
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+
+        # The same split and alphabet as ours, or the merges would differ.
         steps = [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -73,6 +75,8 @@ def train(rival: str, docs: list[str]):
         trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
         tokenizer.train_from_iterator(iter(docs), trainer)
         return tokenizer
+
+    # Ours.
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
@@ -113,6 +117,7 @@ def encoder(rival: str, task: str, tokenizer, docs: list[str]):
     def same(rows):
         return rows
 
+    # Each has its own names for one text and for many, and its own type of result.
     if rival == "gigatoken":
         if one:
             return lambda: [tokenizer.encode(d) for d in docs], same
@@ -200,6 +205,8 @@ def prepare(folder: Path, data: str, tiny: bool) -> int:
     docs = [text for text, _ in iter_documents("train", data=data)]
     docs = docs[:30] if tiny else docs
     (folder / "docs.json").write_text(json.dumps(docs), "utf-8")
+
+    # Our merges in the formats that the rivals read.
     ranks = train("crate", docs).get_mergeable_ranks()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
     (folder / "ranks.tiktoken").write_text("".join(lines))
@@ -225,6 +232,8 @@ def make_peers() -> Path:
 def run(rival: str, task: str, folder: Path, limit: int = 600) -> dict:
     "Measure in a new process; what goes wrong there is a result too."
     python = sys.executable if rival == "crate" else str(make_peers())
+
+    # Each library reads its number of threads from another variable.
     threads = "1" if "1 thread" in task else "2"
     names = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TOKENIZERS_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, threads)
@@ -253,6 +262,8 @@ def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
         "| | MB/s warm | MB/s first call | ours is | result |",
         "|---|---|---|---|---|",
     ]
+
+    # Seconds: the ratio says how many times faster than the rival ours is.
     ours = middle("warm", results["crate"])
     for rival, runs in results.items():
         if bad := [r["failed"] for r in runs if "failed" in r]:
@@ -310,6 +321,8 @@ def main(data: str, repeats: int, record: str, tiny: bool = False) -> None:
         f"{platform.python_version()}; {', '.join(PINS[:-1])}. Medians of {repeats} processes "
         "each, taking turns. Equal hashes mean equal tokens.",
     ]
+
+    # Printed task by task: the whole takes long.
     for task, rivals in RUNS.items():
         results = take_turns(task, rivals[:1] if tiny else rivals, repeats, folder)
         lines += table(task, results, size)

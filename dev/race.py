@@ -107,38 +107,61 @@ def set_up(recipe: dict, seed: int):
     return model, setup_optimizer(model, OptimConfig(**recipe.get("optim", {}))), rates
 
 
+class Spent:
+    "Add up the time of training, that of measuring left out."
+
+    def __init__(self):
+        self.cpu = 0.0  # processor seconds: the machine may do something else meanwhile
+        self.wall = 0.0
+
+    def __enter__(self):
+        self.begun = time.process_time()
+        self.watch = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.cpu += time.process_time() - self.begun
+        self.wall += time.perf_counter() - self.watch
+
+
+def held_out(model: GPT, tokenizer: RustBPETokenizer) -> float:
+    "Measure bits per byte on the same text every time: a stream starts at its beginning."
+    cpu = torch.device("cpu")
+    text = batches(tokenizer, "val", 8, T, cpu, data="embedded")
+    with torch.inference_mode():
+        return evaluate_bpb(model, text, VAL_BATCHES, tokenizer.token_bytes())
+
+
 def train_one(recipe: dict, seed: int, folder: str) -> dict:
     "Train one recipe; measure it on held-out text on the way and at the end."
     torch.set_num_threads(1)
     tokenizer = RustBPETokenizer.from_directory(folder)
     cpu = torch.device("cpu")
     model, optimizer, rates = set_up(recipe, seed)
-    sizes = tokenizer.token_bytes()
-    curve = []
-    spent = 0.0
-    wall = 0.0
     stream = batches(tokenizer, "train", recipe["rows"], T, cpu, data="embedded")
 
-    def held_out() -> float:
-        text = batches(tokenizer, "val", 8, T, cpu, data="embedded")
-        with torch.inference_mode():
-            return evaluate_bpb(model, text, VAL_BATCHES, sizes)
-
+    curve = []
+    spent = Spent()
     for step in range(recipe["steps"]):
         if recipe.get("curve") and step % CURVE == 0:
-            curve.append([step, held_out()])
-        begun = time.process_time()
-        watch = time.perf_counter()
-        loss = accumulate(model, [next(stream)])
-        optimizer.step(*rates(step))
-        optimizer.zero_grad()
-        spent += time.process_time() - begun
-        wall += time.perf_counter() - watch
+            curve.append([step, held_out(model, tokenizer)])
+        with spent:
+            loss = accumulate(model, [next(stream)])
+            optimizer.step(*rates(step))
+            optimizer.zero_grad()
+
+        # A run that diverges has lost the race; that is no error.
         if not loss.isfinite():
             return {"bpb": math.inf}
-    bits = held_out()
-    curve = curve and [*curve, [recipe["steps"], bits]]
-    return {"bpb": bits, "cpu_seconds": spent, "seconds": wall, "curve": curve}
+
+    bits = held_out(model, tokenizer)
+    if curve:
+        curve.append([recipe["steps"], bits])
+    return {
+        "bpb": bits,
+        "cpu_seconds": spent.cpu,
+        "seconds": spent.wall,
+        "curve": curve,
+    }
 
 
 # ---- The driver: one process for each run
@@ -152,11 +175,15 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
         row = json.loads(line)
         if wanted.items() <= row.items():
             return row
+
+    # A process of its own, so that no run finds the memory or threads of another.
     job = [sys.executable, __file__, "--job", json.dumps(wanted), "--work", str(work)]
     out = subprocess.run(job, env=ONE_THREAD, capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     row = wanted | json.loads(out.stdout.splitlines()[-1])
+
+    # Kept at once: who stops the race loses one run.
     with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
@@ -196,8 +223,12 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
             accumulate(model, [Batch(ids[:, :-1], ids[:, 1:])])
             optimizer.step(*rates(turn))
             optimizer.zero_grad()
+
+            # The first turn makes states and buffers: it does not count.
             if turn:
                 seconds[name].append(time.process_time() - begun)
+
+    # Ratios of one turn: what slows the machine slows both.
     facts = {}
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds["AdamW"]))
@@ -230,6 +261,8 @@ def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
 
     def one(job: tuple) -> dict:
         name, share, seed = job
+
+        # As many steps as fit into a share of the time that AdamW takes.
         steps = int(share * STEPS / speed[name]["of AdamW's"])
         recipe = RECIPES[name] | {"steps": STEPS if name in rates else steps}
         if name in rates:

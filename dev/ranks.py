@@ -83,17 +83,10 @@ class Meter:
         setattr(dist, name, counted)
 
 
-def run(rank: int, world: int, folder: str, steps: int, padding: int, dtype: str):
-    "Be one rank: train, and write what was measured."
-    torch.set_num_threads(1)
-    if world > 1:
-        store = dist.FileStore(f"{folder}/store{world}", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    model = build(padding, DTYPES[dtype])
-    meter = Meter()
-    times = []
+def train(model, optimizer, steps: int, rank: int, world: int) -> dict[str, list]:
+    "Take the steps with this rank's rows; return its losses and seconds."
     losses = []
-    optimizer = setup_optimizer(model, OptimConfig(matrix_beta2=0.95))
+    times = []
     for rows in read_rows(steps):
         begun = time.perf_counter()
         mine = rows[rank::world]
@@ -103,11 +96,25 @@ def run(rank: int, world: int, folder: str, steps: int, padding: int, dtype: str
         optimizer.zero_grad()
         times.append(time.perf_counter() - begun)
         losses.append(loss.item())
+    return {"loss": losses, "seconds": times}
+
+
+def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
+    "Be one rank: train, and write what was measured."
+    steps, padding, dtype = case
+    torch.set_num_threads(1)
+    if world > 1:
+        store = dist.FileStore(f"{folder}/store{world}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    model = build(padding, DTYPES[dtype])
+    meter = Meter()
+    optimizer = setup_optimizer(model, OptimConfig(matrix_beta2=0.95))
+    record = train(model, optimizer, steps, rank, world)
+
+    # Bytes of the state on this rank, and what it sent in a step.
     state = {k: v for k, v in optimizer.state_dict().items() if k[:4] != "meta"}
     muon = optimizer.parts["muon"].owners().values()
-    record = {
-        "loss": losses,
-        "seconds": times,
+    record |= {
         "state": sum(v.nbytes for v in state.values()),
         "sent": meter.sent // steps,
         "matrices": sum(owner == rank for owner in muon),
@@ -126,34 +133,52 @@ def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dic
     first = {}
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
-            given = (world, folder, steps, padding, dtype)
+            given = (world, folder, (steps, padding, dtype))
             mp.start_processes(run, given, nprocs=world, start_method="fork")
             ranks = [torch.load(f"{folder}/{world}_{r}.pt") for r in range(world)]
-            weights = ranks[0]["weights"]
-            alike = [
-                torch.equal(r["weights"][k], v)
-                for r in ranks
-                for k, v in weights.items()
-            ]
-            first = first or weights
-            away = [(v - first[k]).abs().max().item() for k, v in weights.items()]
-            curve = [sum(step) for step in zip(*(r["loss"] for r in ranks))]
-            found.append(
-                {
-                    "ranks": world,
-                    "largest_difference": max(away),
-                    "ranks_agree_bit_for_bit": all(alike),
-                    "loss": [round(curve[0], 4), round(curve[-1], 4)],
-                    "state_bytes": [r["state"] for r in ranks],
-                    "matrices": [r["matrices"] for r in ranks],
-                    "sent_bytes_a_step": max(r["sent"] for r in ranks),
-                    "seconds_a_step": round(median(ranks[0]["seconds"]), 4),
-                }
-            )
+            first = first or ranks[0]["weights"]
+            found.append(compare(ranks, first))
     return found
 
 
+def compare(ranks: list[dict], first: dict[str, torch.Tensor]) -> dict:
+    "Summarize what ranks have measured; their weights against those of the first run."
+    weights = ranks[0]["weights"]
+    alike = []
+    for rank in ranks:
+        alike += [torch.equal(rank["weights"][k], v) for k, v in weights.items()]
+    away = [(v - first[k]).abs().max().item() for k, v in weights.items()]
+
+    # Each rank has the loss of its own rows, a part of the batch's mean.
+    losses = [rank["loss"] for rank in ranks]
+    curve = [sum(step) for step in zip(*losses)]
+    return {
+        "ranks": len(ranks),
+        "largest_difference": max(away),
+        "ranks_agree_bit_for_bit": all(alike),
+        "loss": [round(curve[0], 4), round(curve[-1], 4)],
+        "state_bytes": [rank["state"] for rank in ranks],
+        "matrices": [rank["matrices"] for rank in ranks],
+        "sent_bytes_a_step": max(rank["sent"] for rank in ranks),
+        "seconds_a_step": round(median(ranks[0]["seconds"]), 4),
+    }
+
+
+def show(rows: list[dict]) -> None:
+    "Print the table."
+    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
+    for row in rows:
+        low = min(row["state_bytes"]) / 1e3
+        high = max(row["state_bytes"]) / 1e3
+        print(
+            f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
+            f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "
+            f"{1e3 * row['seconds_a_step']:9.1f}"
+        )
+
+
 def main() -> None:
+    "Measure, print the table, keep the record."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=50)
@@ -164,15 +189,9 @@ def main() -> None:
     options = parser.parse_args()
     worlds = [int(world) for world in options.ranks.split(",")]
     rows = measure(worlds, options.steps, options.padding, options.dtype)
-    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
-    for row in rows:
-        low = min(row["state_bytes"]) / 1e3
-        high = max(row["state_bytes"]) / 1e3
-        print(
-            f"{row['ranks']:5}  {row['largest_difference']:10.1e}  "
-            f"{low:8.1f} to {high:6.1f}  {row['sent_bytes_a_step'] / 1e3:15.1f}  "
-            f"{1e3 * row['seconds_a_step']:9.1f}"
-        )
+    show(rows)
+
+    # Only to count its parameters: the ranks made their own.
     model = build(options.padding, torch.float32)
     result = {
         "date": time.strftime("%Y-%m-%d"),

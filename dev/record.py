@@ -33,6 +33,8 @@ def curve(path) -> list:
 def main(target: str) -> None:
     "Collect what the stages saved and logged."
     base = get_base_dir()
+
+    # A stage that was not run has no section, one without a log no curve.
     sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]
     record = {

@@ -64,6 +64,8 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> flo
     model = GPT(c)
     model.init_weights(seed=seed)
     dice = torch.Generator().manual_seed(seed)
+
+    # A wider model wants a smaller rate.
     adamw = torch.optim.AdamW(
         model.parameters(), lr=rate * 64 / c.n_embd, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -72,6 +74,7 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> flo
     def fall(t: int) -> float:
         return min(1.0, (t + 1) / (0.05 * steps)) * (1 - t / steps)
 
+    # Warm up over a twentieth of the run, then fall to zero.
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, fall)
     for _ in range(steps):
         start = torch.randint(len(ribbon) - T - 1, (B,), generator=dice)
@@ -91,6 +94,8 @@ def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> di
     c = config(width, layers)
     N = weights(c)
     D = budget / (6 * N)
+
+    # Every size gets the rate that suits it, tried with one seed.
     tried = {rate: run(c, D, rate, 1, text) for rate in RATES}
     best = min(tried, key=tried.get)
     losses = [tried[best]]
@@ -126,6 +131,8 @@ def main() -> None:
         for size in sizes:
             points.append(measure(budget, size, options.seeds, (ribbon, windows)))
             print(f"{time.time() - begun:6.0f} s", points[-1], flush=True)
+
+            # Written after each point: the study takes hours.
             record = {
                 "command": "python dev/scaling.py",
                 "date": time.strftime("%Y-%m-%d"),

@@ -55,6 +55,8 @@ def study(case: tuple[int, int, bool]) -> dict:
     size, seed, tiny = case
     docs = [text for text, _ in iter_documents("val", data="embedded")]
     docs = docs[:10] if tiny else docs
+
+    # As many operations for each vocabulary, not as many steps.
     steps = round((2 if tiny else STEPS) * flops(2048) / flops(size))
     text = {"max_chars": 200_000} if tiny else {}
     with tempfile.TemporaryDirectory() as base:
@@ -65,6 +67,8 @@ def study(case: tuple[int, int, bool]) -> dict:
         limits = {"num_iterations": steps, "eval_tokens": tokens, "eval_every": -1}
         run("base_train", base, depth=DEPTH, seed=seed, **sizes, **limits)
         section = json.loads((Path(base) / "report" / "base_train.json").read_text())
+
+    # Bits per byte: losses per token of two tokenizers cannot be compared.
     ratio = sum(len(doc.encode()) for doc in docs) / tokens
     row = {"vocab_size": size, "steps": steps, "bytes_per_token": ratio}
     row |= {"parameters": section["parameters"], "val_bpb": section["val_bpb"]}
@@ -81,6 +85,8 @@ def main() -> None:
     sizes = [512] if options.tiny else SIZES
     seeds = [1] if options.tiny else SEEDS
     rows = {}
+
+    # Each study waits for processes that it has started, so threads will do.
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(study, product(sizes, seeds, [options.tiny])):
             bits = row.pop("val_bpb")

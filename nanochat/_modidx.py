@@ -437,6 +437,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'nanochat/execution.py'),
                                     'nanochat.execution.program_command': ( 'implementation_details.html#program_command',
                                                                             'nanochat/execution.py'),
+                                    'nanochat.execution.program_problem': ( 'implementation_details.html#program_problem',
+                                                                            'nanochat/execution.py'),
                                     'nanochat.execution.room_command': ( 'implementation_details.html#room_command',
                                                                          'nanochat/execution.py'),
                                     'nanochat.execution.room_problem': ( 'implementation_details.html#room_problem',

@@ -6,24 +6,24 @@
 __all__ = ['MATRICES', 'BLOCK', 'parameter_counts', 'flops_per_token', 'decode_flops', 'prefill_flops', 'kv_cache_bytes', 'kept_weights', 'activation_memory', 'update_memory', 'chunk_memory', 'training_memory']
 
 # %% ../nbs/04_transformer_architecture.ipynb #8d509674
-# Three currencies. Parameters are numbers. Operations are floating point additions and
-# multiplications, two for each weight of a matrix and token forward and four backward.
-# Memory is bytes: weights, gradients, optimizer state and attention weights have 4 bytes
-# a number (float32), the stream and what the backward pass keeps of it `value_bytes`,
-# token ids 8. What a training step holds at one time is the largest of three moments
-# (loss, start of the backward pass, update), on one rank, uncompiled. Everything is
-# computed from a GPTConfig; nothing is built, and nothing depends on values.
+# Units. Parameters are counted as numbers. Operations are floating-point additions and
+# multiplications: two per matrix weight and token forward, and four backward. Memory is
+# in bytes: weights, gradients, optimizer state and attention weights take 4 bytes per
+# number (float32), the stream and the activations saved from it take `value_bytes`, and
+# token ids take 8. The peak of a training step is the largest of three moments (loss,
+# start of the backward pass, update), on one rank, uncompiled. Everything is computed
+# from a GPTConfig; no model is built, and nothing depends on the values of weights.
 from .head import CHUNK, MIN_ROWS
 
 # %% ../nbs/04_transformer_architecture.ipynb #85a0ad34
 def parameter_counts(
     config,  # GPTConfig
-) -> dict[str, int]:  # group -> number of parameters, and "total"
+) -> dict[str, int]:  # group -> number of parameters, plus "total"
     "Count the parameters by group."
     C = config.n_embd
     L = config.n_layer
     rows = config.table_rows
-    # Layers that own a table of vectors for their values, and with it a gate.
+    # Number of layers with a value embedding, each of which also has a gate.
     tables = sum(config.has_values(layer) for layer in range(L))
     counts = {
         "wte": rows * C,
@@ -38,15 +38,15 @@ def parameter_counts(
     return counts | {"total": sum(counts.values())}
 
 # %% ../nbs/04_transformer_architecture.ipynb #95852efe
-# The other groups only look up or scale.
+# Groups that are multiplied; the others are only looked up or scale something.
 MATRICES = ("attention", "mlp", "lm_head", "gates", "smear_gate")
 
 
 def flops_per_token(
     config,  # GPTConfig
     training: bool = True,  # forward and backward; False: forward only
-) -> int:  # floating point operations for each token of a full context
-    "Estimate the cost of one token (Chowdhery et al., 2022; causality not exploited)."
+) -> int:  # floating-point operations per token of a full context
+    "Estimate the cost of a token, ignoring causality (Chowdhery et al., 2022)."
     counts = parameter_counts(config)
     T = config.sequence_len
     seen = sum(min(config.window(layer) or T, T) for layer in range(config.n_layer))
@@ -56,9 +56,9 @@ def flops_per_token(
 # %% ../nbs/04_transformer_architecture.ipynb #1ee0e390
 def decode_flops(
     config,  # GPTConfig
-    context: int,  # positions that the new token can see, its own included
+    context: int,  # positions that the new token can see, including its own
 ) -> int:
-    "Count the operations of one new token with a cache."
+    "Count the operations of generating one token with a cache."
     layers = range(config.n_layer)
     matrices = parameter_counts(config)
     seen = sum(min(context, config.window(i) or context) for i in layers)
@@ -69,7 +69,7 @@ def prefill_flops(
     config,  # GPTConfig
     num_tokens: int,  # length of the prompt
 ) -> int:
-    "Count the operations of reading a prompt; what causality forbids is not counted."
+    "Count the operations of reading a prompt, without masked positions."
     n = num_tokens
     total = n * decode_flops(config, 0)  # the matrices; then the scores of each layer
     for layer in range(config.n_layer):
@@ -84,21 +84,21 @@ def kv_cache_bytes(
     seq_len: int | None = None,  # None: the whole context
     bytes_per_value: int = 2,
 ) -> int:
-    "Return the size of a key-value cache."
+    "Return the size of a key-value cache in bytes."
     positions = seq_len or config.sequence_len
     each_row = 2 * config.n_layer * config.kv_dim * bytes_per_value * positions
-    if config.smear:  # the ids, of 8 bytes, and one place for "no token before"
+    if config.smear:  # ids of 8 bytes, plus one entry for "no previous token"
         each_row += 8 * (positions + 1)
     return batch_size * each_row
 
 # %% ../nbs/04_transformer_architecture.ipynb #7e806d68
-BLOCK = 64  # queries that attention on a CPU handles at a time
+BLOCK = 64  # number of queries that attention on a CPU processes at a time
 
 
 def kept_weights(
     config,  # GPTConfig
-) -> int:  # numbers for each head of each row, all layers together
-    "Count the attention weights that a CPU keeps for the backward pass."
+) -> int:  # numbers per head and row, over all layers
+    "Count the attention weights that are saved for the backward pass on a CPU."
     T = config.sequence_len
     total = 0
     for window in map(config.window, range(config.n_layer)):
@@ -112,35 +112,35 @@ def kept_weights(
 def activation_memory(
     config,  # GPTConfig
     device_batch_size: int,  # B
-    value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
+    value_bytes: int = 2,  # per number of the stream: bfloat16 2, float32 4
     *,
     device_type: str = "",  # "cuda" or "cpu"; empty: cpu for float32, else cuda
 ) -> int:  # bytes
-    "Count what a forward pass keeps for the backward pass, the head left out."
+    "Count what a forward pass saves for the backward pass, without the head."
     c = config
     T = c.sequence_len
     layers = range(c.n_layer)
     device = device_type or ("cpu" if value_bytes == 4 else "cuda")
     positions = device_batch_size * T
-    # Vectors of C numbers in the stream's dtype, for one position: the table's three
-    # lines, and with stream scalars the first stream, which every layer adds again.
+    # Vectors of C numbers per position, in the stream's dtype: the three lines of the
+    # table above and, with stream scalars, the embedding that every layer adds again.
     share = c.kv_dim / c.n_embd  # keys and values may be narrower
     each_layer = 3 + (1 + 2 * share) + c.mlp_ratio + c.stream_scalars
-    # The norms after the embedding and before the head, and the head's gradient.
+    # The norms after the embedding and before the head, and the gradient of the stream.
     ends = 3 + share * sum(c.has_values(layer) for layer in layers)
-    # Smear keeps the embeddings twice more, as they are and moved by one; backout keeps
-    # the middle of the stream, which is there anyway unless no layer follows it.
+    # Smear saves two more copies of the embeddings, one of them shifted. Backout saves
+    # the stream at half depth, which exists anyway unless no layer follows it.
     ends += 2 * c.smear + (c.backout and c.n_layer <= 2)
     vectors = c.n_layer * each_layer + ends
-    # One float32 length for each normalized vector: queries, keys, and two streams of a
-    # layer, two more at the ends; and the ids, of 8 bytes.
+    # One float32 scale per normalized vector: queries, keys and two streams per layer,
+    # and two more at the ends; plus the ids, of 8 bytes.
     small = 4 * c.n_layer * (c.n_head + c.n_kv_head + 2) + 4 * 2 + 8
     total = positions * (value_bytes * c.n_embd * vectors + small)
-    if device == "cpu" and value_bytes == 4:  # attention in blocks keeps its weights
+    if device == "cpu" and value_bytes == 4:  # attention in blocks saves its weights
         return round(total) + 4 * device_batch_size * c.n_head * kept_weights(c)
-    # A fused kernel keeps one float32 sum for each query and head instead.
+    # A fused kernel saves one float32 sum per query and head instead.
     total += 4 * positions * c.n_layer * c.n_head
-    # Mask and bias of a window, for kernels that know windows in no other way.
+    # Mask and bias of a window, for kernels that do not support windows directly.
     total += 4 * T * T * sum(c.window(layer) > 0 for layer in layers)
     if value_bytes < 4:  # copies of the float32 matrices in the stream's dtype
         counts = parameter_counts(c)
@@ -152,8 +152,8 @@ def update_memory(
     config,  # GPTConfig
     device_type: str,  # "cuda" or "cpu"
 ) -> int:  # bytes
-    "Count what Muon needs for its largest stack of equal matrices."
-    squares = 4 if config.kv_dim == config.n_embd else 2  # C x C, in a layer
+    "Count what Muon needs for its largest stack of matrices of the same shape."
+    squares = 4 if config.kv_dim == config.n_embd else 2  # C x C matrices per layer
     stack = 4 * config.n_layer * max(squares, config.mlp_ratio) * config.n_embd**2
     # Six times the stack; less on CUDA, where it iterates in bfloat16.
     return round(stack * (4.5 if device_type == "cuda" else 6))
@@ -161,26 +161,26 @@ def update_memory(
 
 def chunk_memory(
     config,  # GPTConfig
-    positions: int,  # of a forward pass
-    value_bytes: int,  # of the stream
+    positions: int,  # number of positions in a forward pass
+    value_bytes: int,  # per number of the stream
     device_type: str,  # "cuda" or "cpu"
 ) -> int:  # bytes
-    "Count the logits that exist at one time."
+    "Count the bytes of logits that exist at the same time."
     numbers = max(CHUNK.get(device_type, CHUNK["cuda"]), MIN_ROWS * config.table_rows)
     chunk = 4 * min(numbers, positions * config.table_rows)
-    # There are two in float32; from another dtype a third, the copies before and after.
+    # Two float32 chunks; if the stream has another dtype, its copies add up to a third.
     return (2 if value_bytes == 4 else 3) * chunk
 
 
 def training_memory(
     config,  # GPTConfig
-    device_batch_size: int,  # B, sequences for each forward pass
-    value_bytes: int = 2,  # of the stream: bfloat16 2, float32 4
-    world_size: int = 1,  # ranks that share the optimizer state
-    micro_batches: int = 1,  # whose gradients are summed
+    device_batch_size: int,  # B, sequences per forward pass
+    value_bytes: int = 2,  # per number of the stream: bfloat16 2, float32 4
+    world_size: int = 1,  # ranks across which the optimizer state is sharded
+    micro_batches: int = 1,  # micro-batches per step, whose gradients are summed
     *,
     device_type: str = "",  # "cuda" or "cpu"; empty: cpu for float32, else cuda
-) -> dict[str, int]:  # part -> bytes; "total" is the peak, less than the sum
+) -> dict[str, int]:  # part -> bytes; "total" is the peak, not the sum
     "Count the bytes of a training step on one rank, uncompiled."
     c = config
     counts = parameter_counts(c)
@@ -188,12 +188,12 @@ def training_memory(
     fp32 = 4  # bytes of a float32
     device = device_type or ("cpu" if value_bytes == 4 else "cuda")
     positions = device_batch_size * c.sequence_len
-    stream = value_bytes * positions * c.n_embd  # one vector for each position
+    stream = value_bytes * positions * c.n_embd  # one vector per position
     head = fp32 * counts["lm_head"]  # the head's gradient
-    # The backward pass starts with the head's gradient twice, while it is scaled, or
-    # with three temporaries of an MLP's width where one vector was.
+    # The backward pass starts with a second copy of the head's gradient, while it is
+    # scaled, or with three temporaries of the MLP's width in place of one vector.
     widest = max(head, (3 * c.mlp_ratio - 1) * stream)
-    # AdamW keeps two numbers for each weight of the tables, Muon one for the others.
+    # AdamW keeps two numbers per weight of embedding and head, Muon one per other weight.
     muon = counts["attention"] + counts["mlp"] + counts["gates"]
     activations = activation_memory(
         c, device_batch_size, value_bytes, device_type=device

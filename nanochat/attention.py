@@ -6,21 +6,21 @@
 __all__ = ['PLANNED', 'KERNELS', 'ANYWHERE', 'WITHOUT_TABLE', 'precompute_rotary', 'apply_rotary', 'visible', 'repeat_heads', 'attend_once', 'pytorch_choice', 'attend_freely', 'attend_by_torch', 'attend_by_mask', 'block_spans', 'grouped', 'ungrouped', 'stacked', 'hide_future', 'add_blocks', 'BlockAttention', 'attend_in_blocks', 'attend_plainly', 'attend_with_table', 'activated', 'through_flash', 'through_varlen', 'attend_by_cudnn', 'attend_by_flash2', 'attend_by_varlen', 'attend_by_flash3', 'attend_by_flash4', 'missing', 'examine', 'windowless_varlen', 'kernel_works', 'misfit', 'choose_kernel', 'announce', 'say_kernel', 'check_kernel', 'attend', 'KVCache', 'make_room', 'insert', 'copy_prefix', 'move_rows', 'keep_rows', 'note_tokens', 'Linear', 'gated', 'CausalSelfAttention', 'set_kernel']
 
 # %% ../nbs/05_attention_mechanism.ipynb #2c2b4314
-# Letters: B rows of a batch, T new positions, S positions that can be read, H query heads,
-# H_kv key-value heads (H is a multiple), D components of a head, C = H * D. Queries, keys
-# and values are (B, T, H, D) everywhere; kernels that want heads in front get a view.
+# Shapes: B rows in the batch, T new positions, S positions that can be read, H query
+# heads, H_kv key-value heads (H is a multiple of H_kv), head size D, C = H * D. Queries,
+# keys and values are (B, T, H, D) everywhere; kernels that want heads first get a view.
 #
-# `attend` is the one way in. Its invariants: position t sees nothing later than t, its
-# weights sum to 1, and every kernel of `KERNELS` gives what `attend_plainly` gives, up to
-# rounding. The choice looks at device, dtype and shapes only, never at values.
+# `attend` is the only entry point. Its invariants: position t sees nothing later than t,
+# its weights sum to 1, and every kernel in `KERNELS` computes what `attend_plainly`
+# computes, up to rounding. The choice depends on device, dtype and shapes, not on values.
 #
-# The cache: keys and values of all layers in two tensors (L, B, capacity, H_kv, D), made
-# once. `cache_seqlens` (B,) on the device says how many positions of each row count; what
-# lies behind them is garbage that nobody reads and the next tokens overwrite. `max_pos`
-# (the longest row) and `uniform` (all rows equal) repeat that on the host, so that the
-# common case never waits for the device. The protocol of a step: every layer calls
-# `insert`, which writes behind each row's own end; then the model calls `advance`, once.
-# `token_ids` belongs to `note_tokens`, for models that look at the token before.
+# The cache: keys and values of all layers in two tensors (L, B, capacity, H_kv, D),
+# allocated once. `cache_seqlens` (B,), on the device, is the length of each row. Anything
+# beyond that length is garbage, which is never read and which later tokens overwrite.
+# `max_pos` (the longest length) and `uniform` (whether all lengths are equal) repeat this
+# on the host, so that the common case never waits for the device. In a step, every layer
+# calls `insert`, which writes at the end of each row; then the model calls `advance` once.
+# `token_ids` is used by `note_tokens`, for models that look at the previous token.
 import functools
 import importlib
 import inspect
@@ -43,9 +43,9 @@ def precompute_rotary(
     base: float = 10_000.0,  # wavelengths run from 2*pi to 2*pi*base positions
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:  # cos, sin: (T, 1, D/2), fp32
-    "Tabulate the rotation of every position (Su et al., 2021)."
+    "Compute the tables of rotary angles for all positions (Su et al., 2021)."
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    # As nanochat rounds it; base**-x differs in its last bit, which grows with position.
+    # The same rounding as nanochat; base**-x differs in the last bit, times the position.
     frequency = 1.0 / base ** (channel / head_dim)
     position = torch.arange(seq_len, dtype=torch.float32, device=device)
     angle = torch.outer(position, frequency)[:, None, :]
@@ -55,7 +55,7 @@ def precompute_rotary(
 def apply_rotary(
     x: Tensor,  # (B, T, H, D) queries or keys
     cos: Tensor,  # (T, 1, D/2) or (B, T, 1, D/2)
-    sin: Tensor,  # as cos
+    sin: Tensor,  # same shape as cos
 ) -> Tensor:  # (B, T, H, D), in the dtype of x
     "Rotate the pairs (i, i + D/2) of each head by the angle of its position."
     first, second = x.float().chunk(2, dim=-1)
@@ -64,11 +64,11 @@ def apply_rotary(
 
 # %% ../nbs/05_attention_mechanism.ipynb #788c2911
 def visible(
-    position: Tensor,  # (B or 1, T) places of the queries
-    num_keys: int,  # S; keys stand at 0, ..., S - 1
-    window: int = 0,  # keys that a query sees, its own included; 0: all
-) -> Tensor:  # (B or 1, 1, T, S) bool
-    "Say which keys each query may see: not later than itself, and not too early."
+    position: Tensor,  # (B or 1, T) positions of the queries
+    num_keys: int,  # S; the keys are at positions 0, ..., S - 1
+    window: int = 0,  # keys that a query sees, including its own; 0: all
+) -> Tensor:  # (B or 1, 1, T, S) bool, True where a query may look
+    "Return the mask of keys each query may see: not later, and within the window."
     key = torch.arange(num_keys, device=position.device)
     back = position[:, None, :, None] - key
     return (back >= 0) & (back < window) if window else back >= 0
@@ -78,7 +78,7 @@ def repeat_heads(
     x: Tensor,  # (B, S, H_kv, D) keys or values
     heads: int,  # H
 ) -> Tensor:  # (B, S, H, D)
-    "Copy each key-value head for all the query heads that share it."
+    "Copy each key-value head once per query head that shares it."
     return x if x.size(2) == heads else x.repeat_interleave(heads // x.size(2), dim=2)
 
 
@@ -86,10 +86,10 @@ def attend_once(
     q: Tensor,  # (B, 1, H, D)
     k: Tensor,  # (B, S, H_kv, D)
     v: Tensor,  # (B, S, H_kv, D)
-    mask: Tensor | None = None,  # (B or 1, 1, 1, S) bool; None: it sees all keys
+    mask: Tensor | None = None,  # (B or 1, 1, 1, S) bool; None: all keys are visible
     scale: float | None = None,
 ) -> Tensor:  # (B, 1, H, D)
-    "Attend with one query in each row; heads that share keys form one matrix."
+    "Attend with one query per row; heads that share keys form one matrix."
     B, _, H, D = q.shape
     sharing = q.reshape(B, k.size(2), -1, D)  # (B, H_kv, H / H_kv, D)
     k = k.transpose(1, 2)
@@ -98,14 +98,14 @@ def attend_once(
     return y.reshape(B, 1, H, D)
 
 # %% ../nbs/05_attention_mechanism.ipynb #d6a4f8ba
-PLANNED = 128  # training rows of a multiple of it are worth a plan
+PLANNED = 128  # cuDNN is used only for training rows of a multiple of this length
 
 
 def pytorch_choice(
     q: Tensor,  # queries
-    plan: bool,  # whether the shape will come back often
+    plan: bool,  # whether the shape will recur often enough to be worth a plan
 ) -> AbstractContextManager:
-    "Leave PyTorch the choice of its kernel; without cuDNN's where a plan does not pay."
+    "Let PyTorch choose its kernel, excluding cuDNN's if planning does not pay off."
     if q.device.type != "cuda" or plan:
         return nullcontext()
     kept = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -119,7 +119,7 @@ def attend_freely(
     window: int = 0,  # only if T = 1
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend without a table: whole rows causally, or one query to all it may see."
+    "Attend without a mask: whole rows causally, or a single query to all visible keys."
     if q.size(1) == 1:
         if window:
             k = k[:, -window:]
@@ -142,7 +142,7 @@ def attend_by_torch(
     window: int = 0,  # only if T = 1
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend without a table, by the kernel that PyTorch picks."
+    "Attend without a mask, with the kernel that PyTorch picks."
     with pytorch_choice(q, plan=q.requires_grad and q.size(1) % PLANNED == 0):
         return attend_freely(q, k, v, window, scale)
 
@@ -154,7 +154,7 @@ def attend_by_mask(
     mask: Tensor,  # (B or 1, 1, T, S) bool, True where a query may look
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend where a table says who sees whom."
+    "Attend with an explicit mask."
     with pytorch_choice(q, plan=False):
         if q.size(1) == 1:
             return attend_once(q, k, v, mask, scale)
@@ -166,10 +166,10 @@ def attend_by_mask(
 # %% ../nbs/05_attention_mechanism.ipynb #32b8d8ce
 def block_spans(
     length: int,  # T positions
-    window: int,  # 0: none
-    size: int = BLOCK,  # positions of a block
-) -> Iterator[tuple[slice, slice]]:  # queries, and whole blocks of keys for them
-    "Cut attention into blocks."
+    window: int,  # keys that a query sees; 0: all
+    size: int = BLOCK,  # positions per block
+) -> Iterator[tuple[slice, slice]]:  # queries of a block, and the keys they need
+    "Yield the blocks into which attention is cut."
     for start in range(0, length, size):
         stop = min(start + size, length)
         begin = max(0, start - window + 1) // size * size if window else 0
@@ -180,7 +180,7 @@ def grouped(
     x: Tensor,  # (B, T, H, D)
     kv_heads: int | None = None,  # H_kv; None: H
 ) -> Tensor:  # (N, G, T, D) with N = B * H_kv and G = H / H_kv
-    "Put heads beside the batch, those that share keys together."
+    "Merge heads into the batch axis, grouping those that share keys."
     x = x.unflatten(2, (kv_heads or x.size(2), -1))
     return x.permute(0, 2, 3, 1, 4).flatten(0, 1)
 
@@ -194,18 +194,18 @@ def ungrouped(
 
 
 def stacked(
-    a: Tensor,  # (N, G, T, X) G groups of queries
-    b: Tensor,  # (N, X, Y) what they share
+    a: Tensor,  # (N, G, T, X) groups of queries
+    b: Tensor,  # (N, X, Y) matrix that the groups share
 ) -> Tensor:  # (N, G, T, Y)
-    "Multiply all groups with the shared matrix at once."
+    "Multiply all groups by their shared matrix at once."
     return torch.bmm(a.flatten(1, 2), b).unflatten(1, a.shape[1:3])
 
 # %% ../nbs/05_attention_mechanism.ipynb #28a81723
 def hide_future(
-    score: Tensor,  # (N, G, T, S) scores of one block; the last T keys are its own
+    score: Tensor,  # (N, G, T, S) scores of a block; the last T keys are its own
     window: int,  # keys that a query sees; 0: all
 ) -> None:
-    "Strike out, in place, what a block of queries must not see."
+    "Mask, in place, the keys that the queries of a block must not see."
     rows = score.size(2)
     if not window:
         score = score[..., -rows:]  # earlier keys are visible to all
@@ -215,12 +215,12 @@ def hide_future(
 
 
 def add_blocks(
-    total: list[Tensor],  # blocks of a gradient; grows by one
-    keys: slice,  # the keys that the queries of the newest block see
-    a: Tensor,  # (N, G, T, keys) weights or their gradient
-    b: Tensor,  # (N, G, T, D)
+    total: list[Tensor],  # gradient, one tensor per block of keys; grows by one
+    keys: slice,  # keys that the queries of the newest block see
+    a: Tensor,  # (N, G, T, keys) weights, or gradient of the scores
+    b: Tensor,  # (N, G, T, D) gradient of the output, or queries
 ) -> None:
-    "Add what one block of queries contributes to the gradient of its keys."
+    "Add one query block's contribution to the gradient of its keys or values."
     parts = torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2)).split(BLOCK, 1)
     total.append(parts[-1])
     for at, part in enumerate(parts[:-1], keys.start // BLOCK):
@@ -239,14 +239,14 @@ class BlockAttention(torch.autograd.Function):
         window: int,
         scale: float,
     ) -> Tensor:  # (B, T, H, D)
-        "Attend block by block; keep the weights if there will be a way back."
+        "Attend block by block; save the weights if gradients are needed."
         queries = grouped(q * scale, k.size(2))  # (N, G, T, D), N = B * H_kv
         keys = grouped(k).squeeze(1)  # (N, T, D)
         values = grouped(v).squeeze(1)
         outputs = []
         kept = []
         for rows, seen in block_spans(q.size(1), window):
-            # One product for all queries of the block, also of heads that share keys.
+            # One product for all queries of the block, including heads that share keys.
             score = stacked(queries[:, :, rows], keys[:, seen].mT)
             hide_future(score, window)
             weight = score.softmax(-1)
@@ -254,7 +254,7 @@ class BlockAttention(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 kept.append(weight)
         result = ungrouped(torch.cat(outputs, 2), len(q))
-        # Not `.contiguous()` alone: see `functional.cast` on operations that do nothing.
+        # Not `.contiguous()` alone: see `functional.cast` about no-op operations.
         result = result if result.is_contiguous() else result.contiguous()
         ctx.save_for_backward(q, k, v, result, *kept)
         ctx.window = window
@@ -264,18 +264,18 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        "Walk the same blocks again, with the weights that were kept."
+        "Go through the same blocks again, with the saved weights."
         q, k, v, out, *kept = ctx.saved_tensors
         batch_size, length, heads, _ = k.shape
         # The softmax's gradient needs, for each query, the sum over keys of weight times
-        # its gradient. It equals output times gradient: D products instead of S.
+        # gradient. It equals output times gradient: D products instead of S.
         level = grouped((grad * out).sum(-1, keepdim=True), heads)
         queries = grouped(q * ctx.scale, heads)
         grad = grouped(grad, heads)
         keys = grouped(k).squeeze(1)
         values = grouped(v).squeeze(1)
-        # A query belongs to one block, so its gradient is done at once; a key is read by
-        # all later blocks, so its gradient is a sum.
+        # A query belongs to one block, so its gradient is complete at once. A key is read
+        # by all later blocks, so its gradient is a sum over them.
         dq = []
         dk = []
         dv = []
@@ -298,7 +298,7 @@ def attend_in_blocks(
     window: int = 0,
     scale: float | None = None,  # None: 1 / sqrt(D)
 ) -> Tensor:  # (B, T, H, D)
-    "Causal attention by blocks of queries, for training on a CPU."
+    "Compute causal attention in blocks of queries, for training on a CPU."
     scale = q.size(-1) ** -0.5 if scale is None else scale
     return BlockAttention.apply(q, k, v, window, scale)
 
@@ -307,12 +307,12 @@ def attend_plainly(
     q: Tensor,  # (B, T, H, D), the last T of S positions
     k: Tensor,  # (B, S, H_kv, D)
     v: Tensor,  # (B, S, H_kv, D)
-    window: int = 0,  # keys that a query sees, its own included; 0: all
+    window: int = 0,  # keys that a query sees, including its own; 0: all
     scale: float | None = None,  # factor on the scores; None: 1 / sqrt(D)
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by the four steps, in float32 at least: the twin of all kernels."
+    "Attend in the four steps, in at least float32: the reference for all kernels."
     S = k.size(1)
-    first = S - q.size(1)  # the position of the first query
+    first = S - q.size(1)  # position of the first query
     scale = q.size(-1) ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (repeat_heads(x, q.size(2)).to(wide) for x in (k, v))
@@ -329,7 +329,7 @@ def attend_with_table(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by PyTorch's function, with windows and prefixes written out in a table."
+    "Attend with PyTorch's function, with windows and prefixes as an explicit mask."
     S = k.size(1)
     position = torch.arange(S - q.size(1), S, device=q.device)[None]
     return attend_by_mask(q, k, v, visible(position, S, window), scale)
@@ -338,7 +338,7 @@ def attend_with_table(
 @torch.compiler.assume_constant_result
 def activated(
     version: str,  # "FA2" (PyTorch's own), "FA3" or "FA4"
-) -> bool:  # False: this PyTorch or this package cannot
+) -> bool:  # False: this PyTorch or the package does not support it
     "Switch PyTorch's flash kernel to a version; return whether that was possible."
     attention = torch.nn.attention
     if not hasattr(attention, "activate_flash_attention_impl"):
@@ -362,7 +362,7 @@ def through_flash(
     window: int = 0,  # only if T = 1
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by the flash kernel of PyTorch, whichever version that is now."
+    "Attend with PyTorch's flash kernel, whichever version is active."
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return attend_freely(q, k, v, window, scale)
 
@@ -374,7 +374,7 @@ def through_varlen(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by PyTorch's `varlen_attn`: its flash kernel with a window and no table."
+    "Attend with PyTorch's `varlen_attn`: its flash kernel with a window, without a mask."
     from torch.nn.attention.varlen import varlen_attn
 
     B, T = q.shape[:2]
@@ -392,10 +392,10 @@ def attend_by_cudnn(
     q: Tensor,  # (B, T, H, D), 16 bits
     k: Tensor,  # (B, T, H_kv, D)
     v: Tensor,  # (B, T, H_kv, D)
-    window: int = 0,  # it has none
+    window: int = 0,  # not supported
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by cuDNN's kernel, through PyTorch; FlashAttention-2 takes what it refuses."
+    "Attend with cuDNN's kernel, through PyTorch, or else with FlashAttention-2."
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel(backends, set_priority=True):
         return attend_freely(q, k, v, window, scale)
@@ -408,7 +408,7 @@ def attend_by_flash2(
     window: int = 0,  # only if T = 1
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by FlashAttention-2, which PyTorch brings along."
+    "Attend with FlashAttention-2, which comes with PyTorch."
     activated("FA2")
     return through_flash(q, k, v, window, scale)
 
@@ -420,7 +420,7 @@ def attend_by_varlen(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by FlashAttention-2 with a window, by way of `varlen_attn`."
+    "Attend with FlashAttention-2 and a window, through `varlen_attn`."
     activated("FA2")
     return through_varlen(q, k, v, window, scale)
 
@@ -432,7 +432,7 @@ def attend_by_flash3(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by FlashAttention-3, through PyTorch where it can, else by its package."
+    "Attend with FlashAttention-3, through PyTorch if possible, else with its package."
     if activated("FA3"):
         whole = q.size(1) in (1, k.size(1)) and not window
         kernel = through_flash if whole else through_varlen
@@ -452,15 +452,15 @@ def attend_by_flash4(
     window: int = 0,  # only if T = 1
     scale: float | None = None,
 ) -> Tensor:  # (B, T, H, D)
-    "Attend by FlashAttention-4, through PyTorch."
+    "Attend with FlashAttention-4, through PyTorch."
     if not activated("FA4"):
         raise UserError(
-            "FlashAttention-4 does not fit this PyTorch: use another kernel"
+            "this PyTorch cannot use FlashAttention-4: choose another kernel"
         )
     return through_flash(q, k, v, window, scale)
 
 # %% ../nbs/05_attention_mechanism.ipynb #e8b9cadb
-KERNELS: dict[str, Callable[..., Tensor]] = {  # by name, in the order of the choice
+KERNELS: dict[str, Callable[..., Tensor]] = {  # by name, in order of preference
     "blocks": attend_in_blocks,
     "flash3": attend_by_flash3,
     "cudnn": attend_by_cudnn,
@@ -471,51 +471,51 @@ KERNELS: dict[str, Callable[..., Tensor]] = {  # by name, in the order of the ch
     "flash4": attend_by_flash4,
     "twin": attend_plainly,
 }
-ANYWHERE = ("sdpa", "mask", "twin")  # on every device and for every dtype
-WITHOUT_TABLE = ("sdpa", "cudnn", "flash2", "flash4")  # they know no windows
+ANYWHERE = ("sdpa", "mask", "twin")  # work on every device and for every dtype
+WITHOUT_TABLE = ("sdpa", "cudnn", "flash2", "flash4")  # no support for windows
 
 # %% ../nbs/05_attention_mechanism.ipynb #eadbecfd
 @functools.cache
 def missing(
-    module: str,  # what a kernel needs
-) -> str:  # "", or why it cannot be had
-    "Try to import a module."
+    module: str,  # a module that a kernel needs
+) -> str:  # "", or why it cannot be imported
+    "Try to import a module, and return the reason if that fails."
     try:
         importlib.import_module(module)
-    except (ImportError, OSError) as error:  # absent, or built for another PyTorch
+    except (ImportError, OSError) as error:  # absent, or built for a different PyTorch
         return f"{module} cannot be imported ({error})"
     return ""
 
 
 @functools.cache
 def examine(name: str, device: str) -> str:
-    "Find out whether a kernel works on a device: see `kernel_works`."
+    "Return why a kernel cannot run on a device, or an empty string: see `kernel_works`."
     kind = torch.device(device).type
     if name in ANYWHERE:
         return ""
     if name == "blocks":
         return "" if kind == "cpu" else f"it is made for a CPU, not for {kind}"
-    if kind != "cuda" or torch.version.hip:  # AMD's cards are called `cuda` as well
+    if kind != "cuda" or torch.version.hip:  # AMD GPUs are called `cuda` as well
         return f"it needs an NVIDIA GPU, not {'AMD' if kind == 'cuda' else kind}"
     if not torch.cuda.is_available():
         return "it needs an NVIDIA GPU, and PyTorch sees none"
     major = torch.cuda.get_device_capability(device)[0]
     if name in ("varlen", "flash2"):
         if major < 8:
-            return f"it needs compute capability 8, this GPU has {major}"
+            return f"it needs compute capability 8, but this GPU has {major}"
         if name == "flash2":
             return ""
         return missing("torch.nn.attention.varlen") or windowless_varlen()
     if major != 9 and not (name == "flash4" and major == 10):
-        return f"it is chosen for compute capability 9 (Hopper), this GPU has {major}"
+        return f"it is used only on compute capability 9, but this GPU has {major}"
     if name == "cudnn":
         version = torch.backends.cudnn.version() or 0
         return "" if version > 91500 else f"cuDNN {version} is older than 9.15.1"
     return missing("flash_attn_interface" if name == "flash3" else "flash_attn.cute")
 
 
-def windowless_varlen() -> str:  # "", or why
-    "Say whether `varlen_attn` lacks windows, as in PyTorch 2.10."
+def windowless_varlen() -> str:  # "", or the reason
+    "Return the reason if `varlen_attn` lacks windows, as in PyTorch 2.10."
     varlen = importlib.import_module("torch.nn.attention.varlen")
     known = inspect.signature(varlen.varlen_attn).parameters
     return "" if "window_size" in known else "windows need PyTorch 2.11 or newer"
@@ -526,7 +526,7 @@ def kernel_works(
     name: str,  # a key of KERNELS
     device: torch.device | str,
 ) -> str:  # "", or the reason why it cannot run there
-    "Say why a kernel cannot run on a device, if it cannot."
+    "Return why a kernel cannot run on a device, or an empty string if it can."
     if name not in KERNELS:
         raise UserError(
             f"attention kernel {name!r} is unknown: use {', '.join(KERNELS)}"
@@ -536,67 +536,67 @@ def kernel_works(
 # %% ../nbs/05_attention_mechanism.ipynb #ecfdaebf
 def misfit(
     name: str,  # a key of KERNELS
-    q: Tensor,  # (B, T, H, D); only dtype and shape are looked at
+    q: Tensor,  # (B, T, H, D); only dtype and shape matter
     k: Tensor,  # (B, S, H_kv, D)
     window: int = 0,
     masked: bool = False,  # rows of unequal length
 ) -> str:  # "", or the reason
-    "Say why a kernel cannot serve a call, if it cannot."
+    "Return why a kernel cannot handle a call, or an empty string if it can."
     T = q.shape[1]
     S = k.shape[1]
     D = q.shape[3]
-    # From the call's kind to its details: the first reason that applies is told.
+    # From general to specific; the first reason that applies is returned.
     short = q.dtype in (torch.bfloat16, torch.float16)
     if masked:
         return "" if name == "mask" else "rows of unequal length need a mask"
     if name == "blocks" and short:
-        return "its sums would have 16 bits"
+        return "it would compute its sums in 16 bits"
     if name not in (*ANYWHERE, "blocks"):
         if not short:
             return f"it takes bfloat16 and float16, not {q.dtype}"
         if D % 8 or D > (128 if name == "cudnn" else 256):
-            return f"it does not take heads of {D}"
+            return f"it does not support a head size of {D}"
     if name in ("blocks", "cudnn") and T != S:
-        return "it takes whole rows, no cache"
+        return "it takes only whole rows, without a cache"
     if name in WITHOUT_TABLE and T > 1 and (window or T != S):
-        return "it knows no windows and no chunks after a prefix"
+        return "it supports neither windows nor chunks after a prefix"
     return ""
 
 
 def choose_kernel(
-    q: Tensor,  # (B, T, H, D); only device, dtype and shape are looked at
+    q: Tensor,  # (B, T, H, D); only device, dtype and shape matter
     k: Tensor,  # (B, S, H_kv, D)
-    window: int,  # 0: none
+    window: int,  # keys that a query sees; 0: all
     masked: bool,  # rows of unequal length
-    trains: bool,  # gradients will be asked for
+    trains: bool,  # whether gradients are needed
 ) -> str:  # a key of KERNELS
-    "Name the first kernel that can serve a call and is worth it."
+    "Return the first kernel that can handle a call and is worth its cost."
     repeatable = torch.are_deterministic_algorithms_enabled()
     for name in KERNELS:
         if name in ("blocks", "cudnn") and not trains:
             continue
         if name == "flash3" and trains and repeatable:
-            continue  # its backward pass adds in whatever order blocks finish
+            continue  # its backward pass sums in the order in which blocks happen to finish
         if name == "cudnn" and q.shape[1] % PLANNED:
             continue
         if not misfit(name, q, k, window, masked) and not kernel_works(name, q.device):
             return name
-    raise AssertionError("the kernel `mask` takes everything")
+    raise AssertionError("the kernel `mask` can handle every call")
 
 # %% ../nbs/05_attention_mechanism.ipynb #eebfcadb
 @functools.cache
 def announce(name: str, trains: bool, windowed: bool) -> None:
-    "Print a choice; once, because the function is cached."
+    "Print which kernel was chosen; only once, because the function is cached."
     use = "training" if trains else "inference"
     told = f"attention for {use}{', windows' if windowed else ''}: {name}"
     if name == "mask" and windowed:
-        told += ", which also computes the hidden pairs (PyTorch 2.11 need not, in bfloat16)"
+        told += ", which also computes the masked pairs (bfloat16 and PyTorch 2.11 avoid that)"
     print0(told)
 
 
 @torch.compiler.assume_constant_result
 def say_kernel(name: str, trains: bool, windowed: bool) -> str:
-    "Tell once which kernel runs; the compiler calls this while it traces."
+    "Announce a kernel and return its name; the compiler calls this while tracing."
     announce(name, trains, windowed)
     return name
 
@@ -608,11 +608,11 @@ def check_kernel(
     window: int,
     masked: bool,  # rows of unequal length
 ) -> None:
-    "Raise `UserError` if a kernel that was asked for by name cannot serve a call."
+    "Raise `UserError` if a kernel that was requested by name cannot handle a call."
     why = kernel_works(name, q.device) or misfit(name, q, k, window, masked)
-    if why:  # another one in silence would be measured in its place
+    if why:  # a silent substitute would be measured in its place
         raise UserError(
-            f"attention kernel {name!r} cannot run here: {why}; leave the choice open"
+            f"attention kernel {name!r} cannot run here: {why}; use '' to choose"
         )
 
 
@@ -620,16 +620,16 @@ def attend(
     q: Tensor,  # (B, T, H, D) queries
     k: Tensor,  # (B, S, H_kv, D) keys, S >= T
     v: Tensor,  # (B, S, H_kv, D) values
-    cache: "KVCache | None" = None,  # where the T queries stand among the S keys
-    window: int = 0,  # keys that a query sees, its own included; 0: all
+    cache: "KVCache | None" = None,  # gives the positions of the T queries
+    window: int = 0,  # keys that a query sees, including its own; 0: all
     *,
     scale: float | None = None,  # factor on the scores; None: 1 / sqrt(D)
-    kernel: str = "",  # a key of KERNELS; empty: chosen
+    kernel: str = "",  # a key of KERNELS; empty: choose automatically
 ) -> Tensor:  # (B, T, H, D)
-    "Causal attention; each key-value head serves H / H_kv query heads (Ainslie, 2023)."
+    "Compute causal attention, with H / H_kv query heads per key-value head."
     S = k.size(1)
     if window >= S:
-        window = 0  # one that covers all keys hides none
+        window = 0  # a window that covers all keys hides none
     masked = cache is not None and not cache.uniform
     if kernel:
         check_kernel(kernel, q, k, window, masked)
@@ -637,7 +637,7 @@ def attend(
         kernel = choose_kernel(q, k, window, masked, q.requires_grad)
     if q.device.type == "cuda":
         say_kernel(kernel, q.requires_grad, window > 0)
-    if masked:  # each row's queries stand behind its own keys
+    if masked:  # each row's queries come after that row's own keys
         steps = torch.arange(q.size(1), device=q.device)
         position = cache.cache_seqlens[:, None] + steps
         return attend_by_mask(q, k, v, visible(position, S, window), scale)
@@ -656,14 +656,14 @@ class KVCache:
         num_layers: int,  # L
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        grow: bool = False,  # when full: take twice the memory, or refuse
+        grow: bool = False,  # if full: True doubles the capacity, False raises an error
     ):
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        # Column t + 1 has the token at position t, so column t the one before it; in
-        # column 0, where none is, stands -1. Only `note_tokens` uses this.
+        # Column t + 1 has the token at position t, so column t has the previous one.
+        # Column 0 is -1: no previous token. Only `note_tokens` uses this.
         self.token_ids = torch.full((batch_size, seq_len + 1), -1, device=device)
         self.max_pos = 0
         self.uniform = True
@@ -678,40 +678,40 @@ class KVCache:
         return self.k_cache[layer], self.v_cache[layer]
 
     def advance(self, num_tokens: int) -> None:
-        "Count tokens that every layer has inserted."
+        "Increase all lengths, after every layer has inserted its keys and values."
         self.cache_seqlens += num_tokens
         self.max_pos += num_tokens
 
     def reset(self) -> None:
-        "Forget everything; the memory stays."
+        "Set all lengths to zero; the memory stays allocated."
         self.set_lengths([0] * len(self.cache_seqlens))
 
     def set_lengths(self, lengths: list[int]) -> None:
-        "Declare how many positions of each row count; later ones will be overwritten."
+        "Set the length of each row; later positions will be overwritten."
         device = self.cache_seqlens.device
         self.cache_seqlens = torch.tensor(lengths, dtype=torch.int64, device=device)
         self.max_pos = max(lengths, default=0)
         self.uniform = min(lengths, default=0) == self.max_pos
 
     def prefill(self, other: "KVCache") -> None:
-        "Start with the contents of another cache; a single row is copied to all."
+        "Copy the contents of another cache; a single row is copied to all rows."
         copy_prefix(self, other)
 
 # %% ../nbs/05_attention_mechanism.ipynb #febf8581
 def make_room(
     cache: KVCache,  # changed in place
-    needed: int,  # positions
+    needed: int,  # number of positions
 ) -> None:
-    "Double the capacity until the positions fit, if the cache may grow."
+    "Double the capacity until the positions fit. Raises ValueError unless it may grow."
     have = cache.k_cache.size(2)
     if needed <= have:
         return
     if not cache.grow:
         raise ValueError(
-            f"the cache holds {have} positions, {needed} are needed: make it with a "
-            "larger seq_len, or with grow=True"
+            f"the cache holds {have} positions, but {needed} are needed: create it with "
+            "a larger seq_len, or with grow=True"
         )
-    # Doubling: n insertions copy fewer than 2n positions in all.
+    # With doubling, n insertions copy fewer than 2n positions in total.
     while have < needed:
         have *= 2
     for name in ("k_cache", "v_cache"):
@@ -730,7 +730,7 @@ def insert(
     k: Tensor,  # (B, T, H, D) keys of the new tokens
     v: Tensor,  # (B, T, H, D) values of the new tokens
 ) -> tuple[Tensor, Tensor]:  # (B, S, H, D) all keys and values up to the longest row
-    "Write new keys and values at each row's position and return those to attend to."
+    "Write new keys and values at the end of each row; return all that can be read."
     start = cache.max_pos
     end = start + k.size(1)
     make_room(cache, end)
@@ -747,10 +747,10 @@ def insert(
 
 # %% ../nbs/05_attention_mechanism.ipynb #bc88c694
 def copy_prefix(
-    cache: KVCache,  # receives
-    other: KVCache,  # a batch of one, or as many rows as `cache`
+    cache: KVCache,  # destination
+    other: KVCache,  # source: one row, or as many rows as `cache`
 ) -> None:
-    "Start a cache with the contents of another; a single row is copied to all."
+    "Copy the contents of a cache to another; a single row is copied to all rows."
     rows = cache.k_cache.size(1)
     n = other.max_pos
     if other.k_cache.size(1) not in (1, rows) or n > cache.k_cache.size(2):
@@ -767,12 +767,12 @@ def copy_prefix(
 @torch.inference_mode()
 def move_rows(
     cache: KVCache,  # changed in place
-    rows: list[int],  # which to move to the front, in increasing order
-    length: int,  # positions that count
+    rows: list[int],  # rows to move to the front, in increasing order
+    length: int,  # number of positions to copy
 ) -> None:
-    "Copy rows to the front, within the memory that they have."
+    "Copy rows to the front, within the existing memory."
     for to, row in enumerate(rows):
-        if to < row:  # the place is free: the row that was there has moved or gone
+        if to < row:  # the target is free: its row has moved or left
             for x in (cache.k_cache, cache.v_cache):
                 x[:, to, :length] = x[:, row, :length]
             cache.token_ids[to] = cache.token_ids[row]
@@ -780,12 +780,12 @@ def move_rows(
 
 def keep_rows(
     cache: KVCache,  # changed in place
-    rows: list[int],  # which to keep, in this order
+    rows: list[int],  # rows to keep, in this order
 ) -> None:
-    "Drop all rows but these; finished conversations leave the batch."
+    "Drop all other rows, for example those of finished conversations."
     lengths = [cache.max_pos] * cache.k_cache.size(1)
     if not cache.uniform:
-        lengths = cache.cache_seqlens.tolist()  # the only read of the device
+        lengths = cache.cache_seqlens.tolist()  # the only read from the device
     if all(a < b for a, b in zip(rows, rows[1:])):
         move_rows(cache, rows, cache.max_pos)
         cache.k_cache = cache.k_cache[:, : len(rows)]
@@ -800,10 +800,10 @@ def keep_rows(
 
 # %% ../nbs/05_attention_mechanism.ipynb #5a3ea702
 def note_tokens(
-    cache: KVCache,  # changed in place; not advanced
+    cache: KVCache,  # changed in place, but not advanced
     idx: Tensor,  # (B, T) ids of the new tokens
-) -> Tensor:  # (B,) ids of the tokens before them, -1 where there is none
-    "Write down new tokens behind each row's own, and tell what stood last."
+) -> Tensor:  # (B,) ids of the tokens before them; -1: none
+    "Append new token ids to each row, and return the last id before them."
     make_room(cache, cache.max_pos + idx.size(1))
     row = torch.arange(idx.size(0), device=idx.device)
     column = cache.cache_seqlens[:, None] + torch.arange(idx.size(1), device=idx.device)
@@ -812,7 +812,7 @@ def note_tokens(
 
 # %% ../nbs/05_attention_mechanism.ipynb #28a3fd1d
 class Linear(nn.Linear):
-    "A linear map without bias whose fp32 weight is cast to the dtype of its input."
+    "A linear layer without bias whose fp32 weight is cast to the dtype of its input."
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)
@@ -822,11 +822,11 @@ class Linear(nn.Linear):
 
 # %% ../nbs/05_attention_mechanism.ipynb #69470348
 def gated(
-    extra: Tensor,  # (B, T, H_kv * D) entries of the layer's own table
-    gate: Tensor,  # (B, T, H_kv), before the sigmoid
-    most: float = 3.0,  # largest factor
+    extra: Tensor,  # (B, T, H_kv * D) value embeddings of the tokens
+    gate: Tensor,  # (B, T, H_kv) gates, before the sigmoid
+    most: float = 3.0,  # largest gate value
 ) -> Tensor:  # (B, T, H_kv, D), to be added to the values
-    "Weigh a token's own vector for each key-value head."
+    "Multiply value embeddings by the gates of the key-value heads."
     return most * gate.sigmoid()[..., None] * extra.unflatten(-1, (gate.size(-1), -1))
 
 # %% ../nbs/05_attention_mechanism.ipynb #7916b8f7
@@ -838,7 +838,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.window(layer)
-        self.kernel = ""  # a key of KERNELS; empty: chosen at each call
+        self.kernel = ""  # a key of KERNELS; empty: choose for each call
         self.scale = config.qk_scale**2 * config.head_dim**-0.5
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
@@ -852,10 +852,10 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C) normalized residual stream
-        cos: Tensor,  # rotary tables of these positions
+        cos: Tensor,  # rotary tables for these positions
         sin: Tensor,
         kv_cache: KVCache | None = None,
-        extra: Tensor | None = None,  # (B, T, H_kv * D) vectors for the values
+        extra: Tensor | None = None,  # (B, T, H_kv * D) value embeddings
     ) -> Tensor:  # (B, T, C)
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)
@@ -875,7 +875,7 @@ class CausalSelfAttention(nn.Module):
 # %% ../nbs/05_attention_mechanism.ipynb #f7ecfdae
 def set_kernel(
     model: nn.Module,
-    name: str,  # a key of KERNELS; empty: chosen at each call
+    name: str,  # a key of KERNELS; empty: choose for each call
 ) -> None:
     "Make all attention layers of a model use one kernel."
     layers = [m for m in model.modules() if isinstance(m, CausalSelfAttention)]
@@ -883,7 +883,7 @@ def set_kernel(
         device = layer.c_q.weight.device
         if name and (why := kernel_works(name, device)):
             raise UserError(
-                f"attention kernel {name!r} cannot run on {device}: {why}; leave the "
-                "choice open with ''"
+                f"attention kernel {name!r} cannot run on {device}: {why}; use '' to "
+                "choose automatically"
             )
         layer.kernel = name

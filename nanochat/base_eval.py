@@ -104,6 +104,7 @@ def measure_core(model, tokenizer, config: BaseEvalConfig) -> dict[str, Any]:
             f"centered {result['centered']:+.3f}  n {result['n']}"
         )
 
+    # Each task is shown as soon as it is done: the whole takes minutes.
     result = evaluate_core(model, tokenizer, tasks, config.core_items, show)
     print0(f"CORE ({config.core}) {result['core']:.4f}")
     return {

@@ -24,7 +24,7 @@ from nanochat.common import (
     print0,
 )
 from .core_eval import centered, gather, refuse_nan
-from .execution import room_problem
+from .execution import program_problem
 from .tasks.arc import ARC
 from .tasks.arithmetic import Arithmetic
 from .tasks.common import Task
@@ -308,7 +308,7 @@ def open_tasks(
     for name in names:
         if name != "HumanEval":
             tasks[name] = TASKS[name]()
-        elif config.unsafe_code or not (problem := room_problem()):
+        elif not (problem := program_problem(config.unsafe_code)):
             tasks[name] = HumanEval(unsafe=config.unsafe_code)
         elif everything:
             print0(f"skipping {name}: {problem}")

@@ -176,7 +176,8 @@ def sync(path: Path) -> None:
     "Force a file, or a folder's list of names, to the disk."
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder, and writes names to disk at once
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs only writable handles; Linux opens folders only for reading.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -246,7 +247,7 @@ def read_meta(
     remedy = f"delete {path} and {then}"
 
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
         own = meta.pop("sha256_of_this", None)
         signed = meta["format"] != 1  # format 1 had no digest of the description
         damaged = ["meta.json"] if signed and own != fingerprint(meta) else []
@@ -309,7 +310,7 @@ def depth_of(folder: Path) -> int:  # layers; -1: its checkpoint cannot be read
     "Return the depth of a run's newest checkpoint."
     newest = folder / f"step_{list_steps(folder)[-1]:06d}"
     try:
-        meta = json.loads((newest / "meta.json").read_text())
+        meta = json.loads((newest / "meta.json").read_text("utf-8"))
         return int(meta["model_config"]["n_layer"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
@@ -438,7 +439,8 @@ def load_training_state(
     "Restore weights and optimizer; return the cursors of all streams."
     load_weights(model, path)
     load_optimizer(path, optimizer)
-    cursors = [json.loads(f.read_text()) for f in sorted(path.glob("cursors_*.json"))]
+    files = sorted(path.glob("cursors_*.json"))
+    cursors = [json.loads(file.read_text("utf-8")) for file in files]
     return {stream: cursor for part in cursors for stream, cursor in part.items()}
 
 # %% ../nbs/06_training_process.ipynb #d4e9a602

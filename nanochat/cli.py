@@ -4,11 +4,11 @@
 __all__ = ['COMMANDS', 'SHORT', 'Command', 'run_command', 'usage', 'main']
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0030
-# `nanochat X` and `python -m scripts.X` are the same: a name, the function that does it,
-# and the dataclass of its options, all listed in `COMMANDS`. A module is imported only
-# when its command is asked for, so that `nanochat --help` is quick and needs nothing that
-# may be missing. Options, presets, errors and exit codes are `common.run_cli`'s.
-#| doc: The command `nanochat`: a name for everything that the package can do.
+# `nanochat X` and `python -m scripts.X` are the same command. `COMMANDS` lists each name
+# with the function that does the work and the dataclass of its options. A module is
+# imported only when its command runs, so `nanochat --help` is quick and does not need
+# optional packages. `common.run_cli` handles options, presets, errors and exit codes.
+#| doc: The `nanochat` command: one name for everything that the package can do.
 import difflib
 import os
 import sys
@@ -22,24 +22,24 @@ from .common import package_version, run_cli
 # %% ../nbs/appendix_commands.ipynb #c0ab0031
 @dataclass(frozen=True)
 class Command:
-    "Where a command's function and its settings are."
+    "Where to find a command's function and config."
 
     module: str
     function: str  # called with the config
-    config: str  # a frozen dataclass, in the same module or imported by it
+    config: str  # name of a frozen dataclass in the module's namespace
     help: str  # one line
-    preset_of: str = ""  # command whose presets it takes; empty: its own
-    chooses_preset: str = ""  # function(argv) -> preset that the options imply, or ""
+    preset_of: str = ""  # command whose presets to use; empty: its own
+    chooses_preset: str = ""  # name of function(argv) -> implied preset, or ""
 
 
 COMMANDS = {
     "speedrun": Command(
         "nanochat.speedrun", "speedrun", "SpeedrunConfig",
-        "the whole pipeline, from text to a chat", "base_train",
+        "run the whole pipeline, from text to chat", "base_train",
     ),
     "plan": Command(
         "nanochat.preview", "preview", "PlanConfig",
-        "what a run will do, and what it needs", "base_train", "preset_of_cards",
+        "show what a run will do, and what it needs", "base_train", "preset_of_cards",
     ),
     "tok_train": Command(
         "nanochat.tok_train", "train_tokenizer", "TokTrainConfig",
@@ -55,23 +55,23 @@ COMMANDS = {
     ),
     "base_eval": Command(
         "nanochat.base_eval", "evaluate_base", "BaseEvalConfig",
-        "measure a base model: bits per byte, CORE, samples",
+        "evaluate a base model: bits per byte, CORE, samples",
     ),
     "mid_train": Command(
         "nanochat.stage", "midtrain", "ChatConfig",
-        "midtraining: the form of a conversation",
+        "midtrain a model on the format of conversations",
     ),
     "chat_sft": Command(
         "nanochat.stage", "finetune", "ChatConfig",
-        "fine-tuning: learn from the assistant's words",
+        "fine-tune a model on the assistant's replies",
     ),
     "chat_rl": Command(
         "nanochat.rl", "reinforce", "RLConfig",
-        "reinforcement learning: practice with a checker",
+        "improve a model by reinforcement learning",
     ),
     "chat_eval": Command(
         "nanochat.chat_eval", "examine_chat", "ChatEvalConfig",
-        "examine a chat model on tasks with a grader",
+        "evaluate a chat model on graded tasks",
     ),
     "chat_cli": Command(
         "nanochat.chat_cli", "chat", "ChatCliConfig",
@@ -79,33 +79,33 @@ COMMANDS = {
     ),
     "chat_web": Command(
         "nanochat.server", "serve", "ChatWebConfig",
-        "talk to a model in the browser, and its API",
+        "serve a model: a chat page and an API",
     ),
     "report": Command(
         "nanochat.report", "show_report", "ReportConfig",
-        "one page of numbers, curves and samples",
+        "write one page of numbers, curves and samples",
     ),
     "export_hf": Command(
         "nanochat.interop", "export_model", "ExportHfConfig",
-        "write a model as a Hugging Face folder",
+        "export a model as a Hugging Face folder",
     ),
     "import_model": Command(
         "nanochat.interop", "import_model", "ImportModelConfig",
-        "take over a model from somewhere else",
+        "import a nanochat or Hugging Face model",
     ),
 }  # fmt: skip
 SHORT = {"chat": "chat_cli", "web": "chat_web"}
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0032
 def run_command(
-    name: str,  # of COMMANDS
-    argv: list[str],  # its options
-    program: str,  # as help shall name it
+    name: str,  # key of COMMANDS
+    argv: list[str],  # the command's options
+    program: str,  # name shown in --help
 ) -> None:
-    "Run one command with its options; end the process as `run_cli` does."
+    "Run one command with its options; exits on errors, as `run_cli` does."
     command = COMMANDS[name]
     module = import_module(command.module)
-    # Before the preset is read: `plan --gpu h100` means the large one.
+    # Set before the preset is read: `plan --gpu h100` implies the large preset.
     if command.chooses_preset:
         preset = getattr(module, command.chooses_preset)(argv)
         if preset:
@@ -117,7 +117,7 @@ def run_command(
 
 
 def usage() -> str:
-    "List the commands."
+    "Return the text of `nanochat --help`."
     lines = ["usage: nanochat COMMAND [OPTIONS]", ""]
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
@@ -135,7 +135,7 @@ def usage() -> str:
 
 def main() -> None:
     "Run `nanochat COMMAND [OPTIONS]`."
-    # What is no command.
+    # Options and aliases that are not commands.
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -143,10 +143,10 @@ def main() -> None:
     if argv[0] in ("-V", "--version", "version"):
         print(f"nanochat {package_version()}")
         return
-    if argv[0] == "base_loss":  # what nanochat calls this part of base_eval
+    if argv[0] == "base_loss":  # nanochat's name for this part of base_eval
         argv = ["base_eval", "--core", "none", *argv[1:]]
 
-    # A command, by any of its names.
+    # A command, by its full or short name.
     name = argv[0].replace("-", "_")
     name = SHORT.get(name, name)
     if name == "download":

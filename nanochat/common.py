@@ -4,26 +4,26 @@
 __all__ = ['DEVICES', 'NEEDS_GPU', 'TRACKERS', 'PRESETS', 'SAME', 'AFTER', 'MIXTURE', 'ELSEWHERE', 'DRIVER', 'UserError', 'check_counts', 'get_base_dir', 'write_atomic', 'get_dist_info', 'print0', 'nvidia_cards', 'refuse_unseen_cards', 'autodetect_device_type', 'check_device', 'take_card', 'compute_init', 'compute_cleanup', 'compute_dtype', 'save_section', 'tracker_names', 'open_tracker', 'log_path', 'read_log', 'RunLog', 'Progress', 'detect_preset', 'package_folder', 'find_settings', 'read_preset', 'take_preset', 'option_types', 'separate_words', 'preset_words', 'parse_config', 'in_other_words', 'our_words', 'without_check', 'explain', 'watch_ranks', 'join_ranks', 'flat_values', 'run_cli', 'end_with', 'package_version', 'driver_version', 'gpu_facts', 'memory_bytes', 'num_cpus', 'environment']
 
 # %% ../nbs/appendix_common.ipynb #22827231
-# The floor under every stage: whatever stands here knows nothing of models or text.
+# The foundation under every stage. Nothing in this module knows about models or text.
 #
-# What it reads of the environment. Nothing else does, but for the network
-# (NANOCHAT_OFFLINE, see `download`), the text (NANOCHAT_DATA, NANOCHAT_DATA_URL and
-# NANOCHAT_DOWNLOAD, see `dataset` and the tasks), the record of a card
-# (NANOCHAT_GPU_RECORD, see `gpus`) and TORCHDYNAMO_DISABLE (see `compiling`):
+# Environment variables read here. Other modules read only those for the network
+# (NANOCHAT_OFFLINE, see `download`), the data (NANOCHAT_DATA, NANOCHAT_DATA_URL and
+# NANOCHAT_DOWNLOAD, see `dataset` and the tasks), the GPU record
+# (NANOCHAT_GPU_RECORD, see `gpus`) and TORCHDYNAMO_DISABLE (see `compiling`).
 #
-#   NANOCHAT_BASE_DIR      folder of everything that is written; else ~/.cache/nanochat
-#   NANOCHAT_PRESET        section of settings.ini; else the one that fits the machine
-#   NANOCHAT_SETTINGS      another settings.ini
-#   NANOCHAT_DTYPE         dtype of activations where no option says one
-#   NANOCHAT_DEBUG         anything: a traceback also for mistakes of the user
-#   CUDA_VISIBLE_DEVICES   which cards this process may use
+#   NANOCHAT_BASE_DIR      folder for all output; default ~/.cache/nanochat
+#   NANOCHAT_PRESET        section of settings.ini; default: the one for this machine
+#   NANOCHAT_SETTINGS      path of a different settings.ini
+#   NANOCHAT_DTYPE         dtype of activations, unless an option sets it
+#   NANOCHAT_DEBUG         if set, print a traceback for user errors too
+#   CUDA_VISIBLE_DEVICES   which GPUs this process may use
 #   RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
-#                          this process's place among others, as torchrun sets them
+#                          this process's place among the ranks, set by torchrun
 #
-# Invariants: all are read when they are needed, not at import. A file is replaced whole
-# (`write_atomic`) or grows by whole lines (`RunLog`). Only rank 0 prints and logs. A
-# `UserError` is the user's to put right and says how, on one line; the exit code is 2 for
-# those, 1 for our own mistakes, 130 for Ctrl-C.
+# Invariants: variables are read when they are needed, not at import. A file is replaced
+# as a whole (`write_atomic`) or grows by whole lines (`RunLog`). Only rank 0 prints and
+# logs. A `UserError` is something the user can fix, and says how in one line. The exit
+# code is 2 for user errors, 1 for bugs, and 130 for Ctrl-C.
 #| doc: Device, dtype, ranks, paths, logging and command lines: what every stage needs.
 import configparser
 import dataclasses
@@ -41,6 +41,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,15 @@ from rich.console import Console
 
 # %% ../nbs/appendix_common.ipynb #e6fa2327
 class UserError(ValueError):
-    "Something the user can put right; the message says what was wrong and what to do."
+    "An error that the user can fix; the message says what is wrong and what to do."
 
 # %% ../nbs/appendix_common.ipynb #c0c0a002
 def check_counts(
     config: Any,  # a dataclass of options
-    smallest: dict[str, int],  # field -> the least that it may be
-    all_of: tuple[str, ...] = (),  # fields in which -1 means all
+    smallest: dict[str, int],  # field -> smallest allowed value
+    all_of: tuple[str, ...] = (),  # fields where -1 means "all"
 ) -> None:
-    "Refuse counts that make no sense, by their names on the command line."
+    "Reject counts that are too small, naming the command-line option."
     for name, least in smallest.items():
         value = getattr(config, name)
         if value >= least or (value == -1 and name in all_of):
@@ -73,7 +74,7 @@ def get_base_dir() -> Path:  # the folder of tokenizer, checkpoints, logs and re
         if chosen := os.environ.get("NANOCHAT_BASE_DIR"):
             return Path(chosen).expanduser()
         return Path.home() / ".cache" / "nanochat"
-    except RuntimeError:  # no HOME, and no account that would have one
+    except RuntimeError:  # HOME is not set, and the account has no home folder
         raise UserError(
             "there is no home folder to save in: set NANOCHAT_BASE_DIR to a folder"
         ) from None
@@ -83,7 +84,7 @@ def write_atomic(
     path: str | os.PathLike,  # target file; its folder is created
     data: bytes | str,  # new content; text is encoded as UTF-8
 ) -> None:
-    "Replace a file's content so that a reader sees the old or the new, never a part."
+    "Replace a file atomically: a reader sees the old content or the new, never a mix."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -97,7 +98,7 @@ def write_atomic(
 def get_dist_info() -> tuple[int, int, int]:  # rank, local rank, world size
     "Return this process's place among the processes that work together."
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
-        return 0, 0, 1  # not started by torchrun; one of them alone is a leftover
+        return 0, 0, 1  # not started by torchrun; one variable alone is a leftover
     try:
         rank = int(os.environ["RANK"])
         local_rank = int(os.environ.get("LOCAL_RANK") or 0)
@@ -108,7 +109,7 @@ def get_dist_info() -> tuple[int, int, int]:  # rank, local rank, world size
         told = {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         said = ", ".join(f"{k}={v}" for k, v in told.items() if v is not None)
         raise UserError(
-            f"the environment says {said}, which is no place among ranks: start with "
+            f"the environment says {said}, which is not a valid rank: start with "
             "torchrun, or unset these variables"
         )
     return rank, local_rank, world_size
@@ -120,13 +121,13 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 # %% ../nbs/appendix_common.ipynb #5b1d90e4
-DEVICES = Path("/dev")  # where the driver puts one file for each card
+DEVICES = Path("/dev")  # where the driver puts one file per GPU
 
 
 def nvidia_cards(
     devices: Path | None = None,  # None: DEVICES
-) -> int:  # NVIDIA GPUs that this process may open, whether torch sees them or not
-    "Count the cards that are present and not hidden."
+) -> int:  # NVIDIA GPUs this process may open, whether or not torch sees them
+    "Count the NVIDIA GPUs that are present and not hidden."
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
     if hidden in ("", "-1", "NoDevFiles"):
         return 0
@@ -134,13 +135,13 @@ def nvidia_cards(
     files = [name for name in names if name[len("nvidia") :].isdigit()]
     if files or not shutil.which("nvidia-smi"):
         return len(files)
-    # Windows' Linux subsystem has no such files, but the driver's own program.
+    # WSL has no such device files, but it does have nvidia-smi.
     ask = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return sum(line.startswith("GPU ") for line in ask.stdout.splitlines())
 
 
 def refuse_unseen_cards() -> None:
-    "Raise if there is a card that torch cannot use, unless the user chose the CPU."
+    "Raise if there is a GPU that torch cannot use, unless the user chose the CPU."
     on_purpose = os.environ.get("NANOCHAT_PRESET") == "cpu"
     if on_purpose or torch.cuda.is_available() or not (count := nvidia_cards()):
         return
@@ -151,15 +152,15 @@ def refuse_unseen_cards() -> None:
         remedy = f"update the driver, or install a torch for an older CUDA than {built}"
     raise UserError(
         f"this machine has {cards}, but torch {torch.__version__} sees none: {remedy}; "
-        "to compute on the CPU say --device cpu or --preset cpu"
+        "to run on the CPU, use --device cpu or --preset cpu"
     )
 
 # %% ../nbs/appendix_common.ipynb #3275c3ff
-NEEDS_GPU = ("gpu-lab",)  # presets that would take days anywhere else
+NEEDS_GPU = ("gpu-lab",)  # presets that would take days without a GPU
 
 
 def autodetect_device_type() -> str:  # "cuda", "mps" or "cpu"
-    "Name the fastest kind of device that this machine has."
+    "Return the fastest device type that this machine has."
     if torch.cuda.is_available():
         return "cuda"
     refuse_unseen_cards()
@@ -168,16 +169,20 @@ def autodetect_device_type() -> str:  # "cuda", "mps" or "cpu"
 
 def check_device(
     kind: str,  # "cuda", "mps", "cpu"
-    chosen: bool,  # by the user, not by us
+    chosen: bool,  # True if the user chose it, False if it was detected
 ) -> None:
-    "Refuse a kind of device that is not here, or that would take days."
+    "Reject a device that is not available, or on which the preset would take days."
     if kind not in ("cuda", "mps", "cpu"):
         raise UserError(f"device {kind!r} is unknown: use cuda, mps or cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         refuse_unseen_cards()
-        raise UserError("device cuda was asked for, but torch sees no GPU: use cpu")
+        raise UserError("device cuda was requested, but torch sees no GPU: use cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps was asked for, but this is no such Mac: use cpu")
+        raise UserError(
+            "device mps was requested, but it needs a Mac with Apple silicon: use cpu"
+        )
+
+    # A preset made for GPUs, on a CPU only because nothing else was found: a likely slip.
     preset = os.environ.get("NANOCHAT_PRESET", "")
     if preset in NEEDS_GPU and kind != "cuda" and not chosen:
         raise UserError(
@@ -187,11 +192,11 @@ def check_device(
 
 
 def take_card(local_rank: int) -> torch.device:
-    "Make one GPU this process's own."
+    "Select the GPU that this process will use."
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU, torch sees {count}: use a smaller "
+            f"local rank {local_rank} has no GPU: torch sees {count}; use a smaller "
             "--nproc_per_node"
         )
     device = torch.device("cuda", local_rank)
@@ -222,7 +227,7 @@ def compute_cleanup() -> None:
 def compute_dtype(
     device: torch.device,  # where the model runs
     name: str = "",  # "bfloat16" or "float32"; empty: NANOCHAT_DTYPE, or the default
-) -> torch.dtype:  # by default bfloat16 where the hardware has it, else float32
+) -> torch.dtype:  # default: bfloat16 if the hardware supports it, else float32
     "Return the dtype of activations."
     name = name or os.environ.get("NANOCHAT_DTYPE", "")
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -249,7 +254,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def tracker_names(text: str) -> list[str]:  # from "tensorboard,wandb"
-    "Split a list of trackers; all must be known and installed."
+    "Split a comma-separated list of trackers; each must be known and installed."
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in TRACKERS:
@@ -266,12 +271,12 @@ def open_tracker(
     name: str,  # one of TRACKERS
     run: str,  # e.g. "base_train"
     start: int,  # first step that will be logged
-    settings: dict,  # shown beside the curves
-) -> tuple[Callable, Callable]:  # function(step, values) and one that closes
-    "Import a tracker and begin a run."
+    settings: dict,  # shown next to the curves
+) -> tuple[Callable, Callable]:  # write(step, values) and close()
+    "Import a tracker and start a run."
     folder = get_base_dir() / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard has a writer with methods of its own; the others are modules alike.
+    # TensorBoard has its own writer class; the other two share one module-level API.
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -288,27 +293,27 @@ def open_tracker(
     module.init(project="nanochat", name=run, config=settings)
 
     def log(step: int, values: dict) -> None:
-        "Send the values of one step."
+        "Send the values of one step to the tracker."
         module.log(values, step=step)
 
     return log, module.finish
 
 # %% ../nbs/appendix_common.ipynb #ecd22081
 def log_path(
-    name: str,  # of the stage, e.g. "base_train"
-    tag: str = "",  # of the run; empty: a run without a name
+    name: str,  # stage name, e.g. "base_train"
+    tag: str = "",  # run tag; empty: a run without a tag
 ) -> Path:
-    "Return where a run's log is: `runs/<stage>/<tag>.jsonl`."
+    "Return the path of a run's log: `runs/<stage>/<tag>.jsonl`."
     runs = get_base_dir() / "runs"
     return runs / name / f"{tag}.jsonl" if tag else runs / f"{name}.jsonl"
 
 
 def read_log(path: Path) -> list[dict]:
-    "Read a log, without a line that a crash has cut short; empty if there is none."
+    "Read a log, skipping lines cut short by a crash; return [] if there is no log."
     if not path.is_file():
         return []
     records = []
-    # Not splitlines: it would also split at characters that JSON leaves in strings.
+    # splitlines() would also split at line separators inside JSON strings.
     for line in path.read_text("utf-8").split("\n"):
         try:
             record = json.loads(line)
@@ -320,26 +325,26 @@ def read_log(path: Path) -> list[dict]:
 
 
 class RunLog(ExitStack):
-    "Append records to a run's own log, on rank 0; a resumed run drops what it will redo."
+    "A run's log, written by rank 0; a resumed run drops the steps that it will redo."
 
     def __init__(
         self,
-        name: str,  # of the stage, e.g. "base_train"
+        name: str,  # stage name, e.g. "base_train"
         start: int = 0,  # first step that will be logged
-        trackers: str = "",  # who else is told, see TRACKERS; empty: nobody
-        settings: dict | None = None,  # for them
+        trackers: str = "",  # comma-separated names from TRACKERS; empty: none
+        settings: dict | None = None,  # shown by the trackers
         *,
-        tag: str = "",  # of the run, e.g. "d6"
+        tag: str = "",  # run tag, e.g. "d6"
     ):
         super().__init__()  # closes the trackers
         names = tracker_names(trackers)
         self.path = log_path(name, tag)
         self.active = get_dist_info()[0] == 0
-        self.tell = []  # functions of the trackers
+        self.tell = []  # write functions of the trackers
         if not self.active:
             return
 
-        # What a resumed run will do again is dropped; a new run begins an empty log.
+        # A resumed run drops the steps it will redo; a new run starts an empty log.
         kept = []
         for record in read_log(self.path) if start else []:
             if record.get("step", 0) < start:
@@ -353,7 +358,7 @@ class RunLog(ExitStack):
             self.callback(close)
 
     def write(self, step: int, **values: float) -> None:
-        "Add what a step has given."
+        "Append the values of one step."
         if self.active:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -362,7 +367,7 @@ class RunLog(ExitStack):
 
 # %% ../nbs/appendix_common.ipynb #4b7afb31
 class Progress:
-    "One line of progress: bar, time left and a few values; rank 0 only."
+    "A progress line with a bar, the time left and a few values; rank 0 only."
 
     def __init__(self, total: int, title: str, start: int = 0):
         self.total = total
@@ -373,14 +378,14 @@ class Progress:
         self.active = get_dist_info()[0] == 0
 
     def update(self, done: int, **values: str) -> None:
-        "Show that `done` of the total are done; at most ten times a second."
+        "Show that `done` steps are finished; redraws at most ten times a second."
         now = time.time()
         pause = 0.1 if self.live else 15.0
         if not self.active or (now - self.shown < pause and done < self.total):
             return
         self.shown = now
 
-        # What is left takes as long for each step as those since the start.
+        # Assume that the remaining steps take as long as the average one so far.
         left = (now - self.begun) / max(1, done - self.first) * (self.total - done)
         filled = 24 * done // max(1, self.total)
         bar = "█" * filled + "·" * (24 - filled)
@@ -388,7 +393,7 @@ class Progress:
         shown = "  ".join([clock, *(f"{k} {v}" for k, v in values.items())])
         line = f"{self.title} {bar} {done}/{self.total}  {shown}"
 
-        # A terminal shows one line that changes; a file gets a new one now and then.
+        # A terminal redraws one line; a log file gets a new line now and then.
         if self.live:
             line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
         end = "" if self.live and done < self.total else "\n"
@@ -396,11 +401,11 @@ class Progress:
         sys.stderr.flush()
 
 # %% ../nbs/appendix_common.ipynb #3bd91e4b
-PRESETS = ("cpu", "gpu1", "gpu8", "gpu-lab")  # the last one is never detected
+PRESETS = ("cpu", "gpu1", "gpu8", "gpu-lab")  # gpu-lab is never detected, only chosen
 
 
 def detect_preset() -> str:  # one of PRESETS
-    "Name the section of settings.ini that fits this machine."
+    "Return the name of the settings.ini section that fits this machine."
     chosen = os.environ.get("NANOCHAT_PRESET", "")
     if chosen and chosen not in PRESETS:
         raise UserError(
@@ -416,21 +421,21 @@ def detect_preset() -> str:  # one of PRESETS
 
 
 def package_folder() -> Path:
-    "Return the folder of this package; a notebook finds it in the checkout around it."
+    "Return this package's folder; in a notebook, look for it in the checkout."
     if "__file__" in globals():
         return Path(__file__).resolve().parent
     for place in [Path.cwd(), *Path.cwd().parents]:
         if (place / "nanochat" / "settings.ini").is_file():
             return place / "nanochat"
-    raise UserError("the package nanochat was not found: run inside the project")
+    raise UserError("the nanochat package was not found: run inside the project")
 
 
-def find_settings() -> Path:  # the package's settings.ini, or one of your own
-    "Find the file of presets: `NANOCHAT_SETTINGS`, or the one in the package."
+def find_settings() -> Path:  # settings.ini of the package, or the user's own
+    "Find the presets file: `NANOCHAT_SETTINGS`, or the one in the package."
     chosen = os.environ.get("NANOCHAT_SETTINGS", "")
     path = Path(chosen).expanduser() if chosen else package_folder() / "settings.ini"
     if not path.is_file():
-        raise UserError(f"there is no file of presets {path}: check NANOCHAT_SETTINGS")
+        raise UserError(f"presets file {path} does not exist: check NANOCHAT_SETTINGS")
     return path
 
 
@@ -438,7 +443,7 @@ def read_preset(
     stage: str,  # e.g. "base_train"
     preset: str,  # a section of settings.ini
 ) -> dict[str, str]:  # field name -> text
-    "Read the keys `stage.field` of one section."
+    "Read the `stage.field` keys of one section."
     settings = configparser.ConfigParser()
     path = find_settings()
     try:
@@ -450,7 +455,7 @@ def read_preset(
         known = ", ".join(settings.sections())
         raise UserError(f"preset {preset!r} is unknown: settings.ini has {known}")
 
-    # A section holds the settings of all stages, such as `base_train.depth`.
+    # A section holds the settings for all stages, such as `base_train.depth`.
     found = {}
     for key, value in settings[preset].items():
         owner, dot, field = key.partition(".")
@@ -460,16 +465,16 @@ def read_preset(
 
 # %% ../nbs/appendix_common.ipynb #5ddb22e9
 def take_preset(
-    argv: list[str],  # every option and every value an item of its own
+    argv: list[str],  # each option and each value is a separate item
 ) -> list[str]:  # the same without --preset
-    "Remember the preset that a command line chooses, for all that ask later."
+    "Remove --preset from a command line and store its value in NANOCHAT_PRESET."
     if "--preset" in argv:
         at = argv.index("--preset")
         if at + 1 >= len(argv):
             raise UserError(f"--preset needs a value: {', '.join(PRESETS)}")
         os.environ["NANOCHAT_PRESET"] = argv[at + 1]
         argv = argv[:at] + argv[at + 2 :]
-    # Who asks for the CPU on a machine without GPUs means the small run, unless told.
+    # Asking for the CPU on a machine without GPUs implies the small preset.
     at = argv.index("--device") + 1 if "--device" in argv else len(argv)
     if argv[at : at + 1] == ["cpu"] and not torch.cuda.is_available():
         os.environ.setdefault("NANOCHAT_PRESET", "cpu")
@@ -478,8 +483,8 @@ def take_preset(
 
 def option_types(
     config_class: type,  # a dataclass
-) -> dict[str, Any]:  # name of the option -> its type
-    "List the options of a config, those of a config inside it included."
+) -> dict[str, Any]:  # option name -> its type
+    "List the options of a config, including those of nested configs."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(option.type):
@@ -492,8 +497,8 @@ def option_types(
 def separate_words(
     argv: list[str],
     options: dict[str, Any],  # of `option_types`
-) -> list[str]:  # every option and every value an item of its own
-    "Split `--depth=6` in two, and give a switch that stands alone its value."
+) -> list[str]:  # each option and each value is a separate item
+    "Split `--depth=6` into two items, and give a bare switch the value True."
     words: list[str] = []
     for argument in argv:
         if argument.startswith("--"):
@@ -501,7 +506,7 @@ def separate_words(
         else:
             words.append(argument)
 
-    # A switch stands alone where another option, or nothing, follows it.
+    # A switch is bare if another option, or nothing, follows it.
     separate = []
     for word, after in zip(words, [*words[1:], "--"]):
         separate.append(word)
@@ -515,7 +520,7 @@ def preset_words(
     stage: str,  # name of the command, for settings.ini
     options: dict[str, Any],  # of `option_types`
 ) -> list[str]:  # "--depth", "3", ...
-    "Write what the preset says of a stage as a command line."
+    "Return the preset's values for a stage as command-line words."
     words = []
     for name, value in read_preset(stage, detect_preset()).items():
         if name not in options:
@@ -527,29 +532,35 @@ def preset_words(
 def parse_config(
     config_class: type,  # a frozen dataclass
     stage: str,  # name of the command, for settings.ini
-    argv: list[str],  # the command line without the program's name
-    program: str = "",  # as help shall name it; empty: python -m scripts.<stage>
+    argv: list[str],  # command line without the program name
+    program: str = "",  # name shown in --help; empty: python -m scripts.<stage>
 ):  # an instance of the dataclass
-    "Resolve preset and flags into a config; tyro exits with code 2 on bad flags."
-    import tyro  # here, so that the package can be imported without it
+    "Build a config from preset and options; tyro exits with code 2 on bad options."
+    import tyro  # imported here so that the package can be imported without it
 
     options = option_types(config_class)
     typed = take_preset(our_words(separate_words(argv, options), options))
-    # tyro lays help out in boxes, and never ends on a terminal of a few columns.
+    # tyro lays out help in boxes, and loops forever on a very narrow terminal.
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"
-    read = tyro.cli(
+    read_words = partial(
+        tyro.cli,
         without_check(config_class),
-        args=preset_words(stage, options) + typed,
         prog=program or f"python -m scripts.{stage}",
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-        console_outputs=get_dist_info()[0] == 0,  # the other ranks would say the same
+        console_outputs=get_dist_info()[0] == 0,  # the other ranks would print the same
     )
+    from_preset = preset_words(stage, options)
+    if {"-h", "--help"} & set(typed):
+        # Help names the values that would run here, which are the preset's.
+        note = f"{config_class.__doc__} Defaults here: preset {detect_preset()}."
+        read_words(args=typed, default=read_words(args=from_preset), description=note)
+    read = read_words(args=from_preset + typed)
     names = [option.name for option in dataclasses.fields(config_class)]
     return config_class(**{name: getattr(read, name) for name in names})
 
 # %% ../nbs/appendix_common.ipynb #d14a0002
-# Options of nanochat that mean the same here: the first name that the command has counts.
+# nanochat options that mean the same here; the first name that the command has is used.
 SAME = {
     "-a": ("tasks",),
     "-b": ("batch_size",),
@@ -572,8 +583,8 @@ SAME = {
     "target_param_data_ratio": ("param_data_ratio",),
     "task_name": ("tasks",),
 }
-# Options that this package does not have: the values that ask for what happens here
-# anyway, and the sentence for all others.
+# nanochat options that this package lacks: values that match what happens here anyway
+# (these are ignored), and the advice given for any other value.
 AFTER = "tasks are measured after a stage: run chat_eval"
 MIXTURE = "the shares are fixed: see --mixture and --extra"
 ELSEWHERE = {
@@ -593,18 +604,18 @@ ELSEWHERE = {
     "eval_steps": ((), "use --eval-tokens"),
     "fp8_recipe": (("tensorwise",), "--fp8 scales whole tensors: leave it out"),
     "gsm8k_epochs": ((), MIXTURE),
-    "head_dim": ((), "heads have 128 numbers, 64 below depth 8: leave it out"),
+    "head_dim": ((), "the head size is 128, or 64 below depth 8: leave it out"),
     "hf_path": ((), "run import_model --folder, then base_eval --tag"),
-    "max_seq_len": ((), "the context is the base model's: set it in base_train"),
+    "max_seq_len": ((), "the context length is the base model's: set it in base_train"),
     "mmlu_epochs": ((), MIXTURE),
-    "model_step": ((), "a stage continues the newest checkpoint of --source-tag"),
+    "model_step": ((), "a stage starts from the newest checkpoint of --source-tag"),
     "num_epochs": (("1",), "use --num-iterations, or --num-steps in chat_rl"),
     "num_gpus": (("1",), "the server uses one GPU: start several on other ports"),
-    "resume_from_step": (("-1",), "the same command continues by itself: leave it out"),
+    "resume_from_step": (("-1",), "the same command resumes by itself: leave it out"),
     "run": (("dummy",), "use --tracker wandb (or tensorboard, trackio) and --tag"),
     "sample_every": (("-1",), "samples are drawn after training: run base_eval"),
     "source": (("mid",), "the command decides the stage; --source-tag picks the model"),
-    "step": ((), "a stage continues the newest checkpoint of --source-tag"),
+    "step": ((), "a stage starts from the newest checkpoint of --source-tag"),
     "target_examples_per_step": ((), "use --total-batch-size, in tokens"),
     "target_flops": (("-1", "-1.0"), "use --num-iterations; plan --hours picks a size"),
     "warmup_steps": (("0",), "use --warmup-ratio, a share of all steps"),
@@ -613,11 +624,11 @@ ELSEWHERE = {
 
 # %% ../nbs/appendix_common.ipynb #d14a0003
 def in_other_words(
-    word: str,  # an option as it was typed
-    value: str,  # what follows it
+    word: str,  # an option, as typed
+    value: str,  # the value that follows it
     options: dict[str, Any],  # of `option_types`
-) -> list[str]:  # what it is here; empty: nothing need be done
-    "Translate an option of nanochat. Raises UserError with what to use instead."
+) -> list[str]:  # the equivalent here; empty: ignore the option
+    "Translate a nanochat option. Raises UserError naming what to use instead."
     name = word.removeprefix("--").replace("-", "_") if word[:2] == "--" else word
     for same in SAME.get(name, ()):
         if same in options:
@@ -625,20 +636,20 @@ def in_other_words(
                 value = {"0": "False", "1": "True"}.get(value, value)
             return ["--" + same.replace("_", "-"), value]
     if name not in ELSEWHERE and name in SAME:
-        name = SAME[name][-1]  # a short name, of an option that this command lacks
+        name = SAME[name][-1]  # short name of an option that this command lacks
     if name not in ELSEWHERE:
-        return [word, value]  # tyro knows it, or says which names are close
+        return [word, value]  # tyro knows it, or suggests close names
     harmless, instead = ELSEWHERE[name]
     if value in harmless:
         return []
-    raise UserError(f"{word} is nanochat's; here {instead}")
+    raise UserError(f"{word} is a nanochat option; here, {instead}")
 
 
 def our_words(
-    words: list[str],  # of `separate_words`: options and values alternate
+    words: list[str],  # from `separate_words`: options and values alternate
     options: dict[str, Any],  # of `option_types`
-) -> list[str]:  # the same, in this package's names
-    "Translate the options of nanochat that a command line has."
+) -> list[str]:  # the same command line with this package's names
+    "Translate the nanochat options on a command line."
     rest = words[1:] if words[:1] == ["--"] else list(words)
     ours: list[str] = []
     refused: list[str] = []
@@ -647,12 +658,12 @@ def our_words(
         if word[:1] != "-" or word[2:].replace("-", "_") in options:
             ours.append(word)
             continue
-        # Every option has one value by now, unless it is a mistake that tyro explains.
+        # Every option has one value by now; if not, tyro will report the mistake.
         value = rest.pop(0) if rest and rest[0][:2] != "--" else None
         try:
             translated = in_other_words(word, value or "", options)
         except UserError as error:
-            refused.append(str(error))  # and go on: better to hear of all at once
+            refused.append(str(error))  # keep going, to report all of them at once
             continue
         ours += translated if value is not None else translated[:1]
     if refused:
@@ -662,10 +673,10 @@ def our_words(
 # %% ../nbs/appendix_common.ipynb #d14a0006
 def without_check(
     config_class: type,  # a dataclass
-) -> type:  # the same options, and any value is accepted
-    "Leave out `__post_init__`, whose refusal tyro would draw as a box of many lines."
+) -> type:  # a class with the same options that accepts any value
+    "Disable `__post_init__`, whose errors tyro would draw as a box of many lines."
 
-    # Written as a class, since tyro reads the help texts from its parents' source.
+    # A class statement, because tyro reads the help texts from its parents' source.
     class Unchecked(config_class):
         __doc__ = config_class.__doc__
 
@@ -677,7 +688,7 @@ def without_check(
 
 # %% ../nbs/appendix_common.ipynb #824b5688
 def explain(error: Exception) -> str:
-    "Say in one line what went wrong and what to do."
+    "Return one line that says what went wrong and what to do."
     number = getattr(error, "errno", None)
     if number == errno.ENOSPC:
         return f"{error}: free some space and run the same command again"
@@ -687,20 +698,20 @@ def explain(error: Exception) -> str:
 
 
 def watch_ranks(
-    store: dist.Store,  # of all ranks
+    store: dist.Store,  # shared by all ranks
 ) -> None:
-    "End this process when another has failed and said why; runs in a thread."
+    "Exit this process once another rank has reported its error; runs in a thread."
     try:
         while not store.check(["said"]):
             time.sleep(1)
     except RuntimeError:
-        return  # the store is gone, and with it the launcher that would end us
-    time.sleep(1)  # the one that failed shall be the first that torchrun misses
+        return  # the store is gone, and so is the launcher
+    time.sleep(1)  # let torchrun notice the rank that failed before this one
     os._exit(1)
 
 
-def join_ranks() -> dist.Store | None:  # None: this process is alone
-    "Meet the other ranks, before anything can go wrong."
+def join_ranks() -> dist.Store | None:  # None: there is only one process
+    "Connect to the other ranks, and start watching for their failures."
     if get_dist_info()[2] == 1:
         return None
     if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
@@ -714,7 +725,7 @@ def join_ranks() -> dist.Store | None:  # None: this process is alone
 
 # %% ../nbs/appendix_common.ipynb #259ab4a9
 def flat_values(config) -> dict[str, Any]:  # name -> value
-    "Return the values of a config, those of a config inside it included."
+    "Return the values of a config, including those of nested configs."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -730,12 +741,12 @@ def run_cli(
     config_class: type,  # a frozen dataclass
     stage: str,  # name of the command
     *,
-    preset_of: str = "",  # command whose presets it takes; empty: its own
-    program: str = "",  # as help shall name it; empty: python -m scripts.<stage>
+    preset_of: str = "",  # command whose presets to use; empty: its own
+    program: str = "",  # name shown in --help; empty: python -m scripts.<stage>
 ) -> None:
-    "Parse the command line, run a stage, and turn a user's mistake into one line."
+    "Parse the command line, run a stage, and report a user error in one line."
     for stream in (sys.stdout, sys.stderr):
-        # A terminal without UTF-8 shows a question mark for what it lacks.
+        # A terminal without UTF-8 shows a question mark for unsupported characters.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -747,11 +758,11 @@ def run_cli(
         store = join_ranks()
         config = parse_config(config_class, preset_of or stage, sys.argv[1:], program)
         values = flat_values(config)
-        if not values.get("json"):  # a program reads what is printed
+        if not values.get("json"):  # with --json, another program reads the output
             print0(f"{stage}: " + " ".join(f"{k}={v}" for k, v in values.items()))
         main(config)
     except BrokenPipeError:
-        # Whoever read the output, `head` for instance, has had enough of it.
+        # The reader of the output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except KeyboardInterrupt:
@@ -768,13 +779,13 @@ def end_with(
     error: Exception,
     console: Console,
     rank: int,
-    store: dist.Store | None,  # of all ranks; None: this process is alone
+    store: dist.Store | None,  # shared by all ranks; None: only one process
 ) -> None:
-    "Say what went wrong, on one rank only, and end this process."
+    "Report the error, on one rank only, and exit this process."
     if store and store.add("failed", 1) > 1:
-        time.sleep(10)  # another rank was first, `watch_ranks` ends this one
+        time.sleep(10)  # another rank failed first; `watch_ranks` ends this one
 
-    # A mistake of the user gets one line; ours, or on request, the whole traceback.
+    # A user error gets one line; a bug (or any error, on request) gets a traceback.
     mistake = isinstance(error, (UserError, OSError))
     if os.environ.get("NANOCHAT_DEBUG") or not mistake:
         if not store:
@@ -784,10 +795,12 @@ def end_with(
     said = explain(error) if mistake else repr(error)
     console.print(f"{place}: {said}", style="red", markup=False)
 
-    # The word that `watch_ranks` of the others waits for.
+    # This is what `watch_ranks` on the other ranks waits for.
     if store:
         store.set("said", "")
-        os._exit(2 if mistake else 1)  # a farewell to the others could hang
+        os._exit(
+            2 if mistake else 1
+        )  # a regular exit waits for the other ranks and could hang
     sys.exit(2)
 
 # %% ../nbs/appendix_common.ipynb #ee541438
@@ -808,7 +821,7 @@ DRIVER = Path("/sys/module/nvidia/version")  # of the loaded kernel module
 
 
 def driver_version() -> str:  # e.g. "580.65.06"; empty: unknown
-    "Ask the kernel module or the driver's program for the NVIDIA driver's version."
+    "Return the NVIDIA driver's version, from the kernel module or nvidia-smi."
     if DRIVER.is_file():
         return DRIVER.read_text().strip()
     if not shutil.which("nvidia-smi"):
@@ -819,9 +832,9 @@ def driver_version() -> str:  # e.g. "580.65.06"; empty: unknown
 
 
 def gpu_facts(
-    index: int = 0,  # of the device
+    index: int = 0,  # device number
 ) -> dict:  # JSON-ready; empty without a GPU
-    "Describe one GPU as a record of measurements needs it."
+    "Describe one GPU for a record of measurements."
     if not torch.cuda.is_available():
         return {}
     card = torch.cuda.get_device_properties(index)
@@ -834,8 +847,8 @@ def gpu_facts(
     }
 
 
-def memory_bytes() -> float:  # of the machine
-    "Return how much memory this machine has."
+def memory_bytes() -> float:  # bytes
+    "Return the size of this machine's memory."
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import psutil  # installed on Windows, which has no sysconf
@@ -843,7 +856,7 @@ def memory_bytes() -> float:  # of the machine
     return psutil.virtual_memory().total
 
 
-def num_cpus() -> int:  # that this process may use
+def num_cpus() -> int:  # cores this process may use
     "Count the CPU cores."
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -855,7 +868,7 @@ def environment() -> dict:  # JSON-ready facts about machine and versions
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [torch.cuda.get_device_name(i) for i in range(gpus)]
     card = gpu_facts()
-    # What a result depends on and a reader would ask; no name of the machine or user.
+    # Only what a result depends on; nothing that identifies the machine or its user.
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,

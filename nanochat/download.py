@@ -4,23 +4,23 @@
 __all__ = ['KeepLinked', 'whole_size', 'told_sha256', 'continue_part', 'verify', 'take_lock', 'locked', 'NotThere', 'http_code', 'asked_to_wait', 'hopeless', 'could_not_fetch', 'fetch_part', 'accept', 'fetch', 'checksums', 'fetch_all']
 
 # %% ../nbs/appendix_download.ipynb #b9c80227
-# The protocol of a file. NAME is there and whole, or it is not there.
+# The download protocol. A file NAME is either complete or absent.
 #
-#   .NAME.lock   held by the one process that fetches it; the others wait, then find NAME
-#   NAME.part    what has arrived so far; it stays after a failure, and the next attempt
-#                asks its mirror for the bytes behind it (Range)
-#   NAME         the part, renamed after its size, its SHA-256 and the caller's `check`
-#                were found right
+#   .NAME.lock   held by the process that fetches the file; others wait, then find NAME
+#   NAME.part    what has arrived so far. It stays after a failure, and the next attempt
+#                asks the mirror for the remaining bytes (a Range request)
+#   NAME         the finished part, renamed once its size, its SHA-256 and the caller's
+#                `check` have all passed
 #
-# A part that is shorter than promised is kept and continued. One that is longer, or has
-# another digest, or fails the check, is deleted: nothing says which of its bytes are
-# wrong. The digest comes from the caller, or SHA256SUMS of the mirror, or else from the
-# server's own headers.
+# A part that is shorter than expected is kept and resumed. A part that is too long, has
+# the wrong digest, or fails the check is deleted: nobody knows which of its bytes are
+# wrong. The digest comes from the caller, from the mirror's SHA256SUMS, or else from the
+# server's headers.
 #
-# Each round tries every mirror, in order; between rounds it waits, twice as long each
-# time, or as long as a server asks for (up to a minute). A mirror that says the file is
-# not there, or not for us, is not asked again. Times are seconds, sizes bytes.
-#| doc: Files from the network: resumed, checked, and under their name only when whole.
+# Each round tries every mirror in order. The pause between rounds doubles each time, or
+# is as long as a server requests (up to a minute). A mirror that answers "not found" or
+# "forbidden" is not asked again. Times are in seconds, sizes in bytes.
+#| doc: Downloads that resume, are verified, and get their final name only when complete.
 import errno
 import hashlib
 import os
@@ -45,13 +45,13 @@ except ImportError:  # Windows
 
 # %% ../nbs/appendix_download.ipynb #fb8d0fd6
 class KeepLinked(HTTPRedirectHandler):
-    "Follow redirects; keep what the hub says of a file before it sends us on."
+    "Follow redirects, and keep the size and digest that the hub sends with them."
 
     def __init__(self):
         self.linked = {}
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        "Note size and digest, then redirect as usual."
+        "Record size and digest, then redirect as usual."
         for key in ("Size", "ETag"):
             if value := headers.get(f"X-Linked-{key}"):
                 self.linked[key] = value
@@ -59,23 +59,23 @@ class KeepLinked(HTTPRedirectHandler):
 
 
 def whole_size(
-    reply,  # of the server, with headers
-    linked: dict[str, str],  # what the hub has said before a redirect
-    have: int,  # bytes of the part that the reply continues
-) -> int | None:  # None: not known
-    "Return how long the whole file is."
+    reply,  # the server's response, with headers
+    linked: dict[str, str],  # headers that the hub sent with a redirect
+    have: int,  # bytes already in the part that the reply continues
+) -> int | None:  # bytes; None: not known
+    "Return the size of the whole file."
     if said := linked.get("Size"):
         return int(said)
-    # This header counts only what is still to come.
+    # This header counts only the bytes still to come.
     length = reply.headers.get("Content-Length")
     return have + int(length) if length else None
 
 
 def told_sha256(
-    reply,  # of the server, with headers
-    linked: dict[str, str],  # what the hub has said before a redirect
+    reply,  # the server's response, with headers
+    linked: dict[str, str],  # headers that the hub sent with a redirect
 ) -> str:  # 64 hexadecimal digits; "": not known
-    "Return the digest that the server names: the hub's ETag of a large file is one."
+    "Return the digest from the ETag, which for large files on the hub is the SHA-256."
     tag = linked.get("ETag") or reply.headers.get("ETag") or ""
     digest = re.fullmatch(r'"?([0-9a-f]{64})"?', tag)
     return digest[1] if digest else ""
@@ -83,17 +83,17 @@ def told_sha256(
 
 def continue_part(
     url: str,
-    part: Path,  # what earlier attempts left; appended to
+    part: Path,  # bytes left by earlier attempts; appended to
     timeout: float,  # seconds without a byte before giving up
-) -> tuple[int | None, str]:  # size of the whole file, its sha256; None, "": unknown
-    "Fetch the bytes that are missing; all of them where the server ignores the range."
+) -> tuple[int | None, str]:  # size and sha256 of the whole file; None, "": unknown
+    "Fetch the missing bytes, or the whole file if the server ignores the range."
     have = part.stat().st_size if part.exists() else 0
     redirects = KeepLinked()
     request = Request(url)
     if have:
         request.add_header("Range", f"bytes={have}-")
     with build_opener(redirects).open(request, timeout=timeout) as reply:
-        # 206 is a part, as asked for. 200 is the whole file: begin again.
+        # 206 is the range we asked for. 200 is the whole file: start over.
         if reply.status != 206:
             have = 0
         size = whole_size(reply, redirects.linked, have)
@@ -108,14 +108,14 @@ def verify(
     part: Path,
     size: int | None,  # bytes, if known
     sha256: str,  # 64 hexadecimal digits, or "" if unknown
-    check: Callable[[Path], None],  # raises ValueError for a file that is no use
+    check: Callable[[Path], None],  # raises ValueError for an unusable file
 ) -> None:
-    "Raise OSError or ValueError unless the file is what was promised."
+    "Raise OSError or ValueError unless the file has the expected size and content."
     have = part.stat().st_size
     if size is not None and have < size:
         raise OSError(
             f"cut after {have:,} of {size:,} bytes"
-        )  # the part can be continued
+        )  # the part can be resumed
     try:
         if size is not None and have > size:
             raise OSError(f"{have:,} bytes instead of {size:,}")
@@ -127,13 +127,13 @@ def verify(
             raise OSError(f"sha256 is {digest.hexdigest()} instead of {sha256}")
         check(part)
     except (OSError, ValueError):
-        # Wrong, and nobody knows where: the next attempt begins at the first byte.
+        # Nobody knows which bytes are wrong, so the next attempt starts from scratch.
         part.unlink()
         raise
 
 # %% ../nbs/appendix_download.ipynb #4f0b94d6
 def take_lock(file: TextIO) -> None:
-    "Wait for the lock of an open file; the operating system frees it with its holder."
+    "Wait for an open file's lock; the system releases it when the process ends."
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
         return
@@ -143,24 +143,24 @@ def take_lock(file: TextIO) -> None:
         try:
             return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
         except OSError:
-            continue  # after ten seconds Windows gives up; we do not
+            continue  # Windows gives up after ten seconds; we keep trying
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:  # of the lock file
-    "Hold a lock that no other thread or process holds; it ends with its holder."
+def locked(path: Path) -> Iterator[None]:  # path: the lock file
+    "Hold an exclusive lock across threads and processes."
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w")
         except OSError as error:
             raise UserError(
-                f"cannot write into {path.parent} ({error}): make it writable, or set "
+                f"cannot write to {path.parent} ({error}): make it writable, or set "
                 "NANOCHAT_BASE_DIR to another folder"
             ) from None
         with file:
             take_lock(file)
-            # The one before us may have deleted the file that we have locked.
+            # The previous holder may have deleted the file that we have locked.
             try:
                 mine = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             except FileNotFoundError:
@@ -169,38 +169,38 @@ def locked(path: Path) -> Iterator[None]:  # of the lock file
                 try:
                     yield
                 finally:
-                    with suppress(PermissionError):  # Windows: while others wait
+                    with suppress(PermissionError):  # on Windows, if others wait
                         path.unlink()
                 return
 
 # %% ../nbs/appendix_download.ipynb #c38830db
 class NotThere(UserError):
-    "A server says that it has no such file."
+    "A server does not have the file, or will not give it to us."
 
 
-def http_code(error: Exception) -> int:  # 0: the server has not answered
-    "Return the status code that an error stands for."
+def http_code(error: Exception) -> int:  # 0: the server did not answer
+    "Return the HTTP status code of an error."
     return getattr(error, "code", 0)
 
 
 def asked_to_wait(error: Any) -> float:  # seconds; 0: not asked
-    "Return how long a server wants us to wait, up to a minute."
+    "Return how long the server asks us to wait, up to a minute."
     after = error.headers.get("Retry-After", "") if http_code(error) else ""
     return min(int(after), 60) if after.isdigit() else 0
 
 
 def hopeless(error: Exception) -> bool:
-    "Tell whether a mirror has said that asking again is no use."
+    "Return whether it is pointless to ask this mirror again."
     code = http_code(error)
-    # A part of another file (416), slowness (408) and haste (429) can be helped.
+    # A bad range (416), a timeout (408) and too many requests (429) are temporary.
     return 400 <= code < 500 and code not in (408, 416, 429)
 
 
 def could_not_fetch(
     name: str,
     failed: dict[str, Exception],  # mirror -> its last error
-) -> UserError:  # to be raised
-    "Say what each mirror answered."
+) -> UserError:  # for the caller to raise
+    "Build the error that lists what each mirror answered."
     why = "; ".join(f"{base}: {error}" for base, error in failed.items())
     message = f"could not fetch {name}: {why}"
     if any(http_code(error) in (403, 404) for error in failed.values()):
@@ -209,7 +209,7 @@ def could_not_fetch(
 
 
 def fetch_part(
-    name: str,  # this and the rest as in `fetch`
+    name: str,  # parameters as in `fetch`
     bases: list[str],  # URLs of mirrors
     folder: Path,
     *,
@@ -219,12 +219,12 @@ def fetch_part(
     timeout: float,  # seconds without a byte
     pause: float,  # seconds after the first round
 ) -> None:
-    "Fetch a file that is not there from one mirror after the other."
+    "Download a missing file, trying one mirror after another."
     part = folder / f"{name}.part"
-    left = list(bases)  # mirrors that are worth asking
+    left = list(bases)  # mirrors worth asking
     failed: dict[str, Exception] = {}
     for attempt in range(attempts):
-        # Not in step with the others that a server has sent away.
+        # Random, so that parallel connections do not all retry at the same moment.
         wait = pause * 2**attempt * random.uniform(1, 2)
         for base in list(left):
             try:
@@ -234,9 +234,9 @@ def fetch_part(
                 return
             except (OSError, HTTPException, ValueError) as error:
                 if getattr(error, "errno", 0) == errno.ENOSPC:
-                    raise  # no mirror can help
+                    raise  # the disk is full: no mirror can help
                 failed[base] = error
-                if http_code(error) == 416:  # another file, or already all of it
+                if http_code(error) == 416:  # wrong file, or already complete
                     part.unlink(missing_ok=True)
                 elif hopeless(error):
                     left.remove(base)
@@ -248,21 +248,21 @@ def fetch_part(
 
 # %% ../nbs/appendix_download.ipynb #36ad4783
 def accept(part: Path) -> None:
-    "Find nothing wrong with a file: the check where nobody gives one."
+    "Accept any file: the default check."
 
 
 def fetch(
-    name: str,  # the file, under every base
+    name: str,  # file name, appended to each base URL
     bases: list[str],  # URLs of mirrors, the preferred one first
     folder: Path,
     *,
-    sha256: str = "",  # if known; otherwise the server's word is taken
+    sha256: str = "",  # if known; otherwise the server's own digest is used
     check: Callable[[Path], None] = accept,  # raises ValueError
     attempts: int = 6,  # rounds over the mirrors
     timeout: float = 30.0,  # seconds without a byte
     pause: float = 0.5,  # seconds after the first round
-) -> Path:  # the file, complete
-    "Fetch a file unless it is there. Raises UserError when no mirror gives it whole."
+) -> Path:  # the complete file
+    "Download a file unless it exists. Raises UserError if every mirror fails."
     target = folder / name
     if target.exists():
         return target
@@ -293,7 +293,7 @@ def checksums(bases: list[str], **options) -> dict[str, str]:  # name -> sha256
     for line in text.splitlines():
         if line.strip():
             digest, name = line.split(maxsplit=1)
-            found[name.lstrip("*")] = digest.lower()  # the star says: a binary file
+            found[name.lstrip("*")] = digest.lower()  # the star marks a binary file
     return found
 
 
@@ -303,9 +303,9 @@ def fetch_all(
     folder: Path,
     workers: int = 4,  # parallel connections
     check: Callable[[Path], None] = accept,  # raises ValueError
-    **options,  # attempts, timeout, pause of `fetch`
+    **options,  # attempts, timeout and pause, passed to `fetch`
 ) -> None:
-    "Fetch files in parallel. Raises UserError, with the reason, for the first that fails."
+    "Download files in parallel. Raises UserError with the reason for the first failure."
     missing = [name for name in names if not (folder / name).exists()]
     if missing and os.environ.get("NANOCHAT_OFFLINE", "0") not in ("", "0"):
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
@@ -314,11 +314,11 @@ def fetch_all(
             "unset it, or copy the files there"
         )
 
-    # What the mirrors say of their files, then the files.
+    # First the mirrors' checksums, then the files.
     known = checksums(bases, **options) if missing else {}
 
     def get(name: str) -> Path:
-        "Fetch one of them."
+        "Download one of the files."
         sha256 = known.get(name, "")
         return fetch(name, bases, folder, sha256=sha256, check=check, **options)
 

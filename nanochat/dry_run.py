@@ -4,12 +4,12 @@
 __all__ = ['tensors_of', 'size', 'stand_in', 'Collectives', 'step_of_rank', 'walk', 'dry_run']
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0024
-# A rehearsal: one step of rank 0 among `world`, with the real code of model, loop and
-# optimizers, on tensors that have shapes and no memory (device "meta"), in a process
-# group that sends nothing. What a rank would hold is counted in bytes, what it would send
-# as calls and bytes by kind of collective. Nothing is computed, so no time is measured
-# and no value is right. It stands for all ranks, hence it refuses to run under torchrun.
-#| doc: Walk one optimizer step of rank 0 of many, without data, memory or other processes.
+# A dry run: one step of rank 0 among `world` ranks, with the real code of model, loop and
+# optimizers, on tensors that have shapes but no memory (device "meta"), in a process
+# group that sends nothing. It counts the bytes that a rank would hold, and the calls and
+# bytes that it would send, by kind of collective. Nothing is computed, so times and
+# values mean nothing. One process stands for all ranks, so it rejects torchrun.
+#| doc: Rehearse one optimizer step of rank 0 of many, without data, memory or other ranks.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,7 +31,7 @@ from .train import accumulate
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0025
 def tensors_of(values: Iterable) -> Iterator[torch.Tensor]:
-    "Find the tensors in the arguments of an operator."
+    "Yield the tensors in an operator's arguments, including nested lists."
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -40,12 +40,12 @@ def tensors_of(values: Iterable) -> Iterator[torch.Tensor]:
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:  # bytes
-    "Add up the bytes of tensors."
+    "Return the total size of some tensors."
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def stand_in(value: Any) -> Any:  # an argument of an operator
-    "Put an empty CPU tensor in the place of every tensor."
+    "Replace every tensor in an argument with an empty CPU tensor."
     if isinstance(value, torch.Tensor):
         return torch.empty(0)
     if isinstance(value, (list, tuple)):
@@ -54,28 +54,28 @@ def stand_in(value: Any) -> Any:  # an argument of an operator
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0026
 class Collectives(TorchDispatchMode):
-    "Count calls and bytes of everything that is sent to other ranks."
+    "Count the calls and bytes of all collectives."
 
     def __init__(self):
         super().__init__()
-        # Operator -> calls, bytes of the larger side.
+        # Operator -> number of calls, bytes of the larger side.
         self.seen: dict[str, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        "Count an operator if it is a collective, and let it happen."
+        "Count an operator if it is a collective, then run it."
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1].strip("_")
             calls, moved = self.seen.get(name, (0, 0))
             largest = max((size([t]) for t in tensors_of(args)), default=0)
             self.seen[name] = calls + 1, moved + largest
-            # Old versions of torch have no meta kernel for these. The fake group reads
-            # no tensor, so it may be handed any.
+            # Old versions of torch have no meta kernels for collectives. The fake group
+            # never reads a tensor, so any tensor will do.
             args = [stand_in(argument) for argument in args]
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0027
 def step_of_rank(config: BaseConfig, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    "Build the model without memory, take a step, and count."
+    "Build the model on the meta device, take a step, and count bytes and calls."
     with torch.device("meta"):
         model = GPT(plan.model, dtype)
     if config.fp8:
@@ -84,14 +84,14 @@ def step_of_rank(config: BaseConfig, plan: Plan, dtype: torch.dtype) -> dict[str
     shape = config.device_batch_size, config.max_seq_len
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
 
-    # A step as `train` takes it: accumulate, then update.
+    # The same step as in `train`: accumulate gradients, then update.
     share = plan.micro_batches // config.world
     with Collectives() as collectives:
         accumulate(model, [Batch(ids, ids, s, None) for s in range(share)])
         gradients = size(p.grad for p in model.parameters())
         optimizer.step(1.0, 0.95, config.grad_clip)
 
-    # The optimizers make their state in the first step; now it is there.
+    # The optimizers create their state in the first step, so it exists now.
     held = 0
     for part in optimizer.parts.values():
         for state in part.state.values():
@@ -108,10 +108,14 @@ def step_of_rank(config: BaseConfig, plan: Plan, dtype: torch.dtype) -> dict[str
 def walk(config: BaseConfig, vocab_size: int) -> dict[str, Any]:
     "Take a step as rank 0 of `config.world`; return sizes in bytes and collectives."
     if dist.is_initialized():
-        raise UserError("a dry run stands for all ranks: start it without torchrun")
+        raise UserError(
+            "a dry run covers all ranks in one process: start it without torchrun"
+        )
     world = config.world
     dtype = compute_dtype(torch.device("meta"), config.dtype or "bfloat16")
     plan = base_plan(config, vocab_size, world, dtype.itemsize, device_type="cuda")
+
+    # PyTorch's fake backend: the collectives are recorded, and nothing is sent.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         found = step_of_rank(config, plan, dtype)
@@ -124,7 +128,7 @@ def walk(config: BaseConfig, vocab_size: int) -> dict[str, Any]:
 # %% ../nbs/appendix_commands.ipynb #c0aa0028
 def dry_run(
     config: BaseConfig,
-    vocab_size: int = 0,  # 0: the preset's, since a dry run needs no tokenizer
+    vocab_size: int = 0,  # 0: the preset's (a dry run needs no tokenizer)
 ) -> None:
     "Print what rank 0 holds and sends in one step."
     if not vocab_size:
@@ -145,11 +149,11 @@ def dry_run(
         )
     show(f"peak        {told['total'] / gib:7.2f} GiB planned, activations included")
 
-    # A ring passes on all but one share of the whole; a sum on every rank goes round twice.
+    # A ring sends (world - 1) / world of the data, and an all-reduce does so twice.
     for name, (calls, moved) in found["collectives"].items():
         sent = moved * (world - 1) / world * (2 if name == "allreduce" else 1)
         show(
-            f"{name:20s} {calls:3d} calls, {moved / gib:6.2f} GiB, of which a ring "
-            f"sends {sent / gib:.2f} from each rank"
+            f"{name:20s} {calls:3d} calls, {moved / gib:6.2f} GiB; a ring sends "
+            f"{sent / gib:.2f} from each rank"
         )
     show("a dry run computes nothing and measures no time")

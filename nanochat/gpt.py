@@ -6,13 +6,13 @@
 __all__ = ['ARCHITECTURES', 'GPTConfig', 'check_config', 'check_sizes', 'MLP', 'Block', 'initialize', 'GPT', 'rotary_rows', 'check_ids', 'embed', 'smear', 'weigh', 'extra_values', 'take_back', 'hidden_states', 'forward', 'generate']
 
 # %% ../nbs/04_transformer_architecture.ipynb #ef769d75
-# Token ids (B, T) go in; the residual stream (B, T, C), in the model's dtype, runs through
-# the blocks, each of which reads a normalized copy and adds to it; float32 logits
+# Token ids (B, T) go in. The residual stream (B, T, C), in the model's dtype, runs through
+# the blocks; each block reads a normalized copy and adds to the stream. Float32 logits
 # (B, T, V) come out, or a loss in nats. Weights stay in float32 and are cast to the dtype
-# of what flows. A config determines the function of the weights entirely and is saved
-# with them; a field at its default leaves the default model what it was, to the bit.
-# Everything that writes to the stream starts at zero, so the first loss is ln V. With a
-# cache, positions continue where it ends, and `advance` is called once for each pass.
+# of the stream. The config alone determines which function the weights compute, and is
+# saved with them; a field at its default does not change the default model by a single
+# bit. Every matrix that writes to the stream starts at zero, so the first loss is ln V.
+# With a cache, positions continue where it ends; `advance` is called once per pass.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,30 +33,32 @@ from .head import linear_cross_entropy
 # %% ../nbs/04_transformer_architecture.ipynb #8e0a4260
 @dataclass(frozen=True)
 class GPTConfig:
-    "Everything that determines the function a set of weights computes."
+    "Everything that determines the function that a set of weights computes."
 
-    sequence_len: int = 1024  # T, longest context
+    sequence_len: int = 1024  # T, maximum context length
     vocab_size: int = 50304  # V
     n_layer: int = 12  # L
     n_head: int = 6  # H, query heads
     n_kv_head: int = 6  # key-value heads; divides n_head
     n_embd: int = 768  # C, width of the residual stream
     rope_base: float = 10_000.0  # longest wavelength of the rotary positions / 2 pi
-    softcap: float = 15.0  # logits are squeezed into (-softcap, softcap); 0: not
+    softcap: float = 15.0  # logits are squeezed into (-softcap, softcap); 0: no cap
     mlp_ratio: int = 4  # hidden width of the MLP / C
     norm_eps: float = 2**-23  # added to the mean square in RMSNorm
-    # Later ideas, each of them off:
-    qk_scale: float = 1.0  # factor on normalized queries and on keys
-    window_pattern: str = "L"  # for the layers in turn: L all positions, S a window
-    short_window: int = 0  # positions that S sees, its own included; 0: a quarter
-    value_embeds: bool = False  # every other layer adds a token's vector to its values
-    gate_inputs: int = 12  # components of the stream that the gate of a value reads
-    gate_max: float = 3.0  # largest factor on a token's vector
-    stream_scalars: bool = False  # layers weigh the stream and the embedding anew
-    smear: bool = False  # a position takes in a share of the embedding before it
-    smear_inputs: int = 24  # components of an embedding that the share depends on
-    backout: bool = False  # the stream's middle is subtracted before the head
-    pad_vocab_to: int = 1  # the two tables' rows are a multiple of this
+    # Later ideas, all off by default:
+    qk_scale: float = 1.0  # factor on normalized queries and keys
+    window_pattern: str = "L"  # per layer, repeated: L all positions, S a window
+    short_window: int = 0  # positions that S sees, including its own; 0: T / 4
+    value_embeds: bool = False  # every other layer adds a token embedding to its values
+    gate_inputs: int = (
+        12  # components of the stream that a value embedding's gate reads
+    )
+    gate_max: float = 3.0  # largest gate value
+    stream_scalars: bool = False  # each layer reweights the stream and the embedding
+    smear: bool = False  # each position adds a share of the previous embedding
+    smear_inputs: int = 24  # components of the embedding that the share depends on
+    backout: bool = False  # subtract the mid-depth stream before the head
+    pad_vocab_to: int = 1  # pad rows of embedding and head to a multiple of this
 
     def __post_init__(self):
         check_config(self)
@@ -66,26 +68,28 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
-    def kv_dim(self) -> int:  # H_kv * D, numbers in all keys of a position
+    def kv_dim(self) -> int:  # H_kv * D, size of all keys of a position
         return self.n_kv_head * self.head_dim
 
     @property
     def table_rows(self) -> int:  # V, padded
         return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
-    def window(self, layer: int) -> int:  # 0: all; the last layer sees all
-        "Return how many positions a layer sees, its own included."
+    def window(self, layer: int) -> int:  # 0: all positions, as in the last layer
+        "Return how many positions a layer sees, including its own."
         kind = self.window_pattern[layer % len(self.window_pattern)]
         short = self.short_window or max(1, self.sequence_len // 4)
         return short if kind == "S" and layer + 1 < self.n_layer else 0
 
-    def has_values(self, layer: int) -> bool:  # the last layer, and every other one
-        "Tell whether a layer owns a table of vectors for its values."
+    def has_values(
+        self, layer: int
+    ) -> bool:  # the last layer and every other one before it
+        "Return whether a layer has a value embedding."
         return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
 
 # %% ../nbs/04_transformer_architecture.ipynb #083f6645
 def check_config(c: GPTConfig) -> None:
-    "Raise ValueError if no model of this config exists."
+    "Raise ValueError if this config does not describe a valid model."
     check_sizes(c)
     if not c.window_pattern or not set(c.window_pattern) <= {"L", "S"}:
         raise ValueError(
@@ -103,7 +107,7 @@ def check_config(c: GPTConfig) -> None:
         )
     if c.pad_vocab_to < 1:
         raise ValueError(f"pad_vocab_to={c.pad_vocab_to} must be at least 1")
-    # How much of the stream two options read matters only where they are on.
+    # These two sizes matter only if their options are on.
     for name, used in (("gate_inputs", c.value_embeds), ("smear_inputs", c.smear)):
         number = getattr(c, name)
         if used and not 1 <= number <= c.n_embd:
@@ -111,12 +115,12 @@ def check_config(c: GPTConfig) -> None:
 
 
 def check_sizes(c: GPTConfig) -> None:
-    "Raise ValueError unless the sizes are positive and fit each other."
+    "Raise ValueError unless the sizes are positive and consistent."
     sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     small = [f"{name}={getattr(c, name)}" for name in sizes if getattr(c, name) < 1]
     if small:
-        raise ValueError(f"{', '.join(small)}: sizes start at 1")
-    multiple = 2 * c.n_head  # a head needs an even size, because RoPE turns pairs
+        raise ValueError(f"{', '.join(small)}: use at least 1")
+    multiple = 2 * c.n_head  # the head size must be even, because RoPE rotates pairs
     if c.n_embd % multiple:
         raise ValueError(
             f"n_embd={c.n_embd} is not an even multiple of n_head={c.n_head}: use a "
@@ -126,14 +130,14 @@ def check_sizes(c: GPTConfig) -> None:
         raise ValueError(f"n_kv_head={c.n_kv_head} must divide n_head={c.n_head}")
 
 # %% ../nbs/04_transformer_architecture.ipynb #04ff0e72
-ARCHITECTURES = {  # fields of a GPTConfig that differ from the default model
+ARCHITECTURES = {  # GPTConfig fields that differ from the default model
     "default": {},
     "modern": {"window_pattern": "SSSL", "value_embeds": True, "stream_scalars": True},
 }
 
 # %% ../nbs/04_transformer_architecture.ipynb #1d5c04d3
 class MLP(nn.Module):
-    "Two linear maps with a squared ReLU between them (So et al., 2021)."
+    "Two linear layers with a squared ReLU between them (So et al., 2021)."
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -156,10 +160,10 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C) residual stream
-        cos: Tensor,  # rotary tables of these positions
+        cos: Tensor,  # rotary tables for these positions
         sin: Tensor,
         kv_cache: KVCache | None = None,
-        extra: Tensor | None = None,  # (B, T, H_kv * D) vectors for the values
+        extra: Tensor | None = None,  # (B, T, H_kv * D) value embeddings
     ) -> Tensor:  # (B, T, C)
         x = x + self.attn(rms_norm(x, self.eps), cos, sin, kv_cache, extra)
         return x + self.mlp(rms_norm(x, self.eps))
@@ -171,7 +175,7 @@ def initialize(
     weight: Tensor,  # (fan_out, fan_in) or (L,), filled in place
     generator: torch.Generator,
 ) -> None:
-    "Draw one parameter's starting value."
+    "Fill one parameter with its initial value."
     silent = ("lm_head.weight", "c_proj.weight", "ve_gate.weight", "x0_lambdas")
     if name.endswith((*silent, "smear_lambda")):
         weight.zero_()
@@ -183,19 +187,19 @@ def initialize(
         weight.uniform_(0.0, 0.02, generator=generator)
     elif name == "transformer.wte.weight":
         weight.normal_(generator=generator)
-    else:  # a matrix that reads: keep the size of what passes, bound its stretch
+    else:  # a matrix that reads the stream: keep the scale, bound the singular values
         fan_out, fan_in = weight.shape
         std = fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5)
         weight.normal_(std=std, generator=generator)
 
 # %% ../nbs/04_transformer_architecture.ipynb #ce1edf5d
 class GPT(nn.Module):
-    "Token ids in, a distribution over the next token out, at every position."
+    "A transformer: maps token ids to logits for the next token at every position."
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
-        self.dtype = dtype  # of the stream; the weights stay in float32
+        self.dtype = dtype  # dtype of the stream; weights stay in float32
         rows = config.table_rows
         layers = range(config.n_layer)
         blocks = nn.ModuleList(Block(config, i) for i in layers)
@@ -218,67 +222,67 @@ class GPT(nn.Module):
         self.init_rotary()
 
     def init_rotary(self) -> None:
-        "Fill the tables of positions; needed again after `to_empty`."
+        "Fill the rotary tables; needed again after `to_empty`."
         c = self.config
         self.cos, self.sin = precompute_rotary(
             c.sequence_len, c.head_dim, c.rope_base, self.get_device()
         )
 
     def init_weights(self, seed: int = 0) -> None:
-        "Fill every parameter and table, whatever the memory held before."
+        "Initialize all parameters and tables, whatever the memory held before."
         generator = torch.Generator(self.get_device()).manual_seed(seed)
         for name, weight in self.named_parameters():
             initialize(name, weight, generator)
         self.init_rotary()
 
     def get_device(self) -> torch.device:
-        "Return where the weights are."
+        "Return the device of the weights."
         return self.transformer.wte.weight.device
 
     def num_params(self) -> int:
-        "Return the number of parameters, from the config alone."
+        "Return the number of parameters, computed from the config."
         return parameter_counts(self.config)["total"]
 
     def estimate_flops(self) -> int:
-        "Return the training cost of one token in floating point operations."
+        "Return the training cost per token in floating-point operations."
         return flops_per_token(self.config)
 
     def forward(
         self,
         idx: Tensor,  # (B, T) token ids
-        targets: Tensor | None = None,  # (B, T) next ids, -1 where no loss is wanted
+        targets: Tensor | None = None,  # (B, T) next ids; -1: ignored
         kv_cache: KVCache | None = None,  # earlier tokens; advanced by T
         loss_reduction: str = "mean",
-    ) -> Tensor:  # (B, T, V) fp32 logits, or the loss if there are targets
+    ) -> Tensor:  # (B, T, V) fp32 logits, or the loss if targets are given
         return forward(self, idx, targets, kv_cache, loss_reduction)
 
     def hidden(
         self,
         idx: Tensor,  # (B, T) token ids
         kv_cache: KVCache | None = None,  # earlier tokens; advanced by T
-    ) -> Tensor:  # (B, T, C) the stream before the head
-        "Run all layers but the head."
+    ) -> Tensor:  # (B, T, C) normalized stream before the head
+        "Run all layers except the head."
         return hidden_states(self, idx, kv_cache)
 
     def logits(
         self,
-        x: Tensor,  # (..., C) positions of `hidden`, all or only the wanted ones
+        x: Tensor,  # (..., C) output of `hidden`, at some or all positions
     ) -> Tensor:  # (..., V) fp32
-        "Apply the head and the cap."
+        "Apply the head and the softcap."
         config = self.config
         return softcap(self.lm_head(x)[..., : config.vocab_size], config.softcap)
 
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
-        "Continue `tokens` one at a time, recomputing all: see `generate`."
+        "Generate tokens without a cache: see the function `generate`."
         return generate(self, tokens, max_tokens, temperature, top_k, seed=seed)
 
 # %% ../nbs/04_transformer_architecture.ipynb #b126fef6
 def rotary_rows(
     model: "GPT",
-    num_tokens: int,  # T, new ones
+    num_tokens: int,  # T, number of new tokens
     kv_cache: KVCache | None,
-) -> tuple[Tensor, Tensor]:  # cos, sin of their positions
-    "Look the rotations up; positions that the table lacks are an error."
+) -> tuple[Tensor, Tensor]:  # cos and sin for their positions
+    "Look up the rotations. Raises ValueError for positions beyond the context."
     start = kv_cache.get_pos() if kv_cache is not None else 0
     end = start + num_tokens
     limit = model.config.sequence_len
@@ -296,27 +300,27 @@ def rotary_rows(
 
 # %% ../nbs/04_transformer_architecture.ipynb #44f0761d
 def check_ids(
-    name: str,  # what to call them
+    name: str,  # what to call the ids in the error message
     ids: Tensor,
-    least: int,  # smallest id allowed
+    least: int,  # smallest allowed id
     vocab_size: int,
 ) -> None:
-    "Refuse ids that the tables lack, where looking does not cost a wait."
+    "Raise ValueError if ids are out of range; only on the CPU, where it is cheap."
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
     low, high = (int(x) for x in ids.aminmax())
     if low < least or high >= vocab_size:
         raise ValueError(
-            f"{name} ids run from {low} to {high}, the model knows {least} to "
-            f"{vocab_size - 1}: was this text made with its tokenizer?"
+            f"{name} ids run from {low} to {high}, but the model knows {least} to "
+            f"{vocab_size - 1}: encode the text with the model's own tokenizer"
         )
 
 # %% ../nbs/04_transformer_architecture.ipynb #b49cc1aa
 def embed(
     model: "GPT",
     idx: Tensor,  # (B, T) token ids
-) -> Tensor:  # (B, T, C) where the stream begins
-    "Look tokens up and normalize what was found."
+) -> Tensor:  # (B, T, C) initial stream
+    "Look up and normalize the token embeddings."
     x = model.transformer.wte(idx).to(model.dtype)
     return rms_norm(x, model.config.norm_eps)
 
@@ -324,15 +328,15 @@ def embed(
 def smear(
     model: "GPT",
     x: Tensor,  # (B, T, C) embeddings of the new tokens
-    idx: Tensor,  # (B, T) their ids
+    idx: Tensor,  # (B, T) ids of the new tokens
     kv_cache: KVCache | None,
 ) -> Tensor:  # (B, T, C)
-    "Add to each embedding a share of the one before it; the first has none before it."
+    "Add to each embedding a learned share of the previous one, if there is one."
     if not model.config.smear:
         return x
     first = torch.zeros_like(x[:, :1])
     if kv_cache is not None:  # the token before the new ones may be in the cache
-        earlier = note_tokens(kv_cache, idx)[:, None]  # (B, 1), -1: none
+        earlier = note_tokens(kv_cache, idx)[:, None]  # (B, 1); -1: none
         first = embed(model, earlier.clamp(min=0)) * (earlier >= 0)[..., None]
     before = torch.cat([first, x[:, :-1]], dim=1)
     gate = model.smear_gate(x[..., : model.config.smear_inputs]).sigmoid()
@@ -343,9 +347,9 @@ def weigh(
     model: "GPT",
     layer: int,
     x: Tensor,  # (B, T, C) residual stream
-    start: Tensor,  # (B, T, C) what the stream was after the embedding
-) -> Tensor:  # (B, T, C) what the block gets
-    "Scale the stream and add the embedding again, by learned numbers of the layer."
+    start: Tensor,  # (B, T, C) the stream after the embedding
+) -> Tensor:  # (B, T, C) input of the block
+    "Scale the stream and add a multiple of the embedding, with learned scalars."
     if not model.config.stream_scalars:
         return x
     scale = model.resid_lambdas[layer].to(x.dtype)
@@ -358,7 +362,7 @@ def extra_values(
     layer: int,
     idx: Tensor,  # (B, T) token ids
 ) -> Tensor | None:  # (B, T, H_kv * D)
-    "Look up what the layer adds to its values, if it has a table."
+    "Look up the layer's value embeddings, if it has any."
     if not model.config.has_values(layer):
         return None
     return model.value_embeds[str(layer)](idx).to(model.dtype)
@@ -369,7 +373,7 @@ def take_back(
     x: Tensor,  # (B, T, C) stream after the last layer
     middle: Tensor,  # (B, T, C) stream after layer L // 2
 ) -> Tensor:  # (B, T, C)
-    "Subtract a learned share of what the stream was halfway."
+    "Subtract a learned share of the stream at half depth."
     if not model.config.backout:
         return x
     return x - model.backout_lambda.to(x.dtype) * middle
@@ -379,8 +383,8 @@ def hidden_states(
     model: GPT,
     idx: Tensor,  # (B, T) token ids
     kv_cache: KVCache | None,
-) -> Tensor:  # (B, T, C) normalized stream, what the head reads
-    "Run the layers; positions continue where the cache ends."
+) -> Tensor:  # (B, T, C) normalized stream, the input of the head
+    "Run all layers except the head; positions continue where the cache ends."
     config = model.config
     check_ids("token", idx, 0, config.vocab_size)
     cos, sin = rotary_rows(model, idx.size(1), kv_cache)
@@ -402,7 +406,7 @@ def forward(
     kv_cache: KVCache | None,
     loss_reduction: str,
 ) -> Tensor:  # logits or loss
-    "Run the whole model."
+    "Run the whole model, and return logits, or the loss if targets are given."
     config = model.config
     x = model.hidden(idx, kv_cache)
     if targets is None:
@@ -428,7 +432,7 @@ def generate(
     *,
     seed: int = 42,
 ) -> Iterator[int]:  # one token at a time
-    "Continue a prompt by recomputing the whole prefix at each step."
+    "Continue a prompt, recomputing the whole prefix for each token."
     device = model.get_device()
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([tokens], device=device)

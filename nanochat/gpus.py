@@ -4,16 +4,16 @@
 __all__ = ['GPUS', 'NOT_MEASURED', 'Gpu', 'gpu_key', 'find_gpu', 'record_files', 'gpu_record', 'choose_columns', 'record_table', 'show_figure', 'show_row', 'table_lines', 'show_record']
 
 # %% ../nbs/appendix_gpus.ipynb #9c1a7e40
-# Two kinds of knowledge about cards, never mixed. `GPUS` is what data sheets, price lists
-# and published runs say, written down here. The record is what `dev/gpu.py` has measured
-# on a card: one JSON file with "device", "environment", "date", "commit" and "sections",
-# each section with a "status" (ok, wrong, or why it was left out) and "figures". No
-# record is not an error: tables are empty, and say so.
+# Two kinds of facts about GPUs, never mixed. `GPUS` holds what data sheets, price lists
+# and published runs say. The record is what `dev/gpu.py` has measured on a GPU: one JSON
+# file with "device", "environment", "date", "commit" and "sections"; each section has a
+# "status" (ok, wrong, or why it was skipped) and "figures". A missing record is not an
+# error: the tables are then empty, and say so.
 #
-# Units: memory of a card in GiB, other memory in bytes, a peak in operations per second,
-# bandwidth in bytes per second, prices in dollars for a card and an hour. The name of a
-# figure says its unit (`show_figure`).
-#| doc: Tables of GPUs: data sheets, rents, and the record of what dev/gpu.py measured.
+# Units: GPU memory in GiB, other memory in bytes, peak speed in operations per second,
+# bandwidth in bytes per second, prices in dollars per GPU and hour. The name of a figure
+# implies its unit (`show_figure`).
+#| doc: GPU tables: data sheets, rental prices, and the record of what dev/gpu.py measured.
 import json
 import os
 from collections.abc import Iterable
@@ -25,14 +25,14 @@ from .common import UserError, get_base_dir, package_folder
 # %% ../nbs/appendix_gpus.ipynb #cb77453a
 @dataclass(frozen=True)
 class Gpu:
-    "Data sheet and rent of a GPU, and what runs on it have reached."
+    "Data sheet and rental price of a GPU, and what runs on it have reached."
 
     memory: float  # GiB
     peak: float  # bfloat16 operations per second, dense
-    bandwidth: float  # bytes per second between chip and memory
+    bandwidth: float  # memory bandwidth, bytes per second
     price: float = 0.0  # dollars per hour; 0: not known here
-    reached: float = 0.0  # share of the peak at width 1,280; 0: by `utilization`
-    memory_ratio: float = 0.0  # measured peak memory over counted; 0: not measured
+    reached: float = 0.0  # share of the peak at width 1,280; 0: see `utilization`
+    memory_ratio: float = 0.0  # measured peak memory over computed; 0: not measured
     source: str = "from published runs"  # where speed and memory come from
 
 
@@ -47,9 +47,9 @@ GPUS = {
 
 # %% ../nbs/appendix_gpus.ipynb #87ab58b2
 def gpu_key(
-    name: str,  # as the driver says it, e.g. "NVIDIA H100 80GB HBM3"
-) -> str | None:  # of GPUS; None: not in the table
-    "Recognize a card."
+    name: str,  # as the driver reports it, e.g. "NVIDIA H100 80GB HBM3"
+) -> str | None:  # key of GPUS; None: not in the table
+    "Return the key of a GPU in the table, given its name."
     words = set(name.lower().replace("-", " ").split())
     if words & {"pcie", "nvl", "laptop", "max"}:
         return None
@@ -57,26 +57,26 @@ def gpu_key(
 
 
 def find_gpu(
-    name: str,  # as the driver says it
+    name: str,  # as the driver reports it
 ) -> Gpu | None:  # None: not in the table
-    "Return the data of a card that tells its name."
+    "Return the table's data for a GPU, given its name."
     return GPUS.get(gpu_key(name))
 
 # %% ../nbs/appendix_gpus.ipynb #3ba05d88
 NOT_MEASURED = "This has not been measured on a GPU yet."
 
 
-def record_files() -> list[Path]:  # best first; they need not exist
-    "List the places where a record may be."
+def record_files() -> list[Path]:  # in order of preference; they need not exist
+    "List the files in which to look for a record."
     if named := os.environ.get("NANOCHAT_GPU_RECORD"):
         return [Path(named).expanduser()]
-    # An installed package has no folder of records; then the second does not exist.
+    # In an installed package the second file does not exist.
     records = package_folder().parent / "dev" / "records"
     return [get_base_dir() / "gpu.json", records / "gpu.json"]
 
 
-def gpu_record() -> dict | None:  # None: no card was measured
-    "Return the first record of `dev/gpu.py` in `record_files` that is not a rehearsal."
+def gpu_record() -> dict | None:  # None: no GPU was measured
+    "Return the first record in `record_files` that is not a --tiny rehearsal."
     for path in record_files():
         if not path.is_file():
             continue
@@ -96,21 +96,21 @@ def gpu_record() -> dict | None:  # None: no card was measured
 def choose_columns(
     row: dict,
     wanted: tuple[str, ...],  # empty: all
-) -> dict:  # None where the row has no such figure
-    "Take some figures of a row."
+) -> dict:  # None for a figure that the row lacks
+    "Select columns of a row."
     return {name: row.get(name) for name in wanted or row}
 
 
 def record_table(
     section: str,  # e.g. "training"
     columns: Iterable[str] = (),  # names of the figures wanted; empty: all
-) -> list[dict]:  # one dict for each row; empty: not measured
+) -> list[dict]:  # one dict per row; empty: not measured
     "Return a section's figures as the rows of a table."
     wanted = tuple(columns)
     record = gpu_record() or {"sections": {}}
     figures = (record["sections"].get(section) or {}).get("figures", {})
 
-    # A table of its own, a whole in parts, or single numbers: one row for each.
+    # The figures are rows, parts of a whole, or single numbers (one row each).
     if "rows" in figures:
         return [choose_columns(row, wanted) for row in figures["rows"]]
     if "parts" in figures:
@@ -123,10 +123,10 @@ def record_table(
 
 
 def show_figure(
-    name: str,  # of the figure; says the unit
-    value,  # anything that JSON can hold
+    name: str,  # name of the figure; implies the unit
+    value,  # any JSON value
 ) -> str:
-    "Write a figure for reading."
+    "Format a figure with its unit."
     if value is None:
         return "-"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -139,23 +139,23 @@ def show_figure(
 
 
 def show_row(row: dict) -> dict[str, str]:
-    "Write the figures of a row."
-    # A single number takes its unit from its own name, not from that of the column.
+    "Format the figures of a row."
+    # A single number takes its unit from its own name, not from the column's name.
     return {k: show_figure(row.get("figure", k), v) for k, v in row.items()}
 
 
 def table_lines(
-    rows: list[dict],  # of `record_table`
+    rows: list[dict],  # from `record_table`
 ) -> list[str]:
-    "Align the columns of a table under their names."
+    "Lay out a table as lines of text, with aligned columns under a header."
     if not rows:
         return []
     shown = [show_row(row) for row in rows]
-    header: dict[str, str] = {}  # every column, in the order of their first appearance
+    header: dict[str, str] = {}  # all columns, in order of first appearance
     for row in shown:
         header |= {name: name for name in row}
 
-    # As wide as the longest cell; a row may lack some.
+    # Each column is as wide as its longest cell; rows may lack some cells.
     table = [header, *shown]
     lines = [""] * len(table)
     for name in header:
@@ -166,9 +166,9 @@ def table_lines(
 
 
 def show_record(
-    **sections: Iterable[str],  # e.g. training=["mfu"]: its columns; empty: all
+    **sections: Iterable[str],  # section=columns, e.g. training=["mfu"]; []: all
 ) -> None:
-    "Print the tables of some sections, or that they have not been measured."
+    "Print the tables of some sections, or say that they have not been measured."
     record = gpu_record() or {"sections": {}}
     found = {k: record["sections"][k] for k in sections if k in record["sections"]}
     if not any(part["status"] in ("ok", "wrong") for part in found.values()):

@@ -366,6 +366,8 @@ class Muon(torch.optim.Optimizer):
             "beta2": beta2,
         }
         super().__init__(params, defaults)
+
+        # The iteration knows rows and columns only.
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:

@@ -4,11 +4,11 @@
 __all__ = ['CHARACTERS_PER_TOKEN', 'CHARACTERS_PER_SHARD', 'BYTES_PER_SHARD', 'OF_WEIGHTS', 'STAGES', 'PlanConfig', 'affordable_hours', 'cards_plan', 'card_facts', 'memory_text', 'show_cards', 'matmul_rate', 'Speed', 'machine_speed', 'machine_plan', 'training_minutes', 'disk_text', 'stage_table', 'show_machine', 'preview', 'preset_of_cards']
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0016
-# Two questions are answered here. What will a run do on this machine, with its preset
-# (`show_machine`)? And what would pretraining do on cards that need not be here
-# (`cards_plan`, for programs `--json`)? Both rest on `nanochat.plan`, which counts; here
-# stands what must be guessed or measured. Everything is in the units of `plan`, and what
-# is shown names its own: GiB, hours, minutes, dollars.
+# This module answers two questions. What will a run do on this machine, with its preset
+# (`show_machine`)? And what would pretraining do on GPUs that need not be present
+# (`cards_plan`, or `--json` for programs)? Both build on `nanochat.plan`, which counts
+# exactly; this module adds what must be estimated or measured. Units are those of `plan`;
+# the output states its units: GiB, hours, minutes, dollars.
 #| doc: Print what a run will do and what it needs, before it starts.
 import json
 import shutil
@@ -48,25 +48,29 @@ from nanochat.plan import (
 # %% ../nbs/appendix_commands.ipynb #c0aa0017
 @dataclass(frozen=True)
 class PlanConfig(BaseConfig):
-    "Every option of base_train, and the cards to plan for."
+    "Preview a run: every option of base_train, and the GPUs to plan for."
 
     gpu: str = idle("")  # h100, h200, b200, a100-80, 4090, 5090; empty: this machine
-    gpus: int = idle(1)  # how many of them
-    price: float = idle(0.0)  # dollars per card and hour; 0: the table's, if any
-    budget: float = idle(0.0)  # dollars for pretraining: picks the depth
-    hours: float = idle(0.0)  # of pretraining: picks the depth
+    gpus: int = idle(1)  # number of GPUs
+    price: float = idle(0.0)  # dollars per GPU and hour; 0: the table's price, if any
+    budget: float = idle(0.0)  # dollars for pretraining; picks the depth
+    hours: float = idle(0.0)  # hours of pretraining; picks the depth
     json: bool = idle(False)  # print one JSON object instead of a table
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0019
-CHARACTERS_PER_TOKEN = 4.8  # of English web text, at a vocabulary of 65,536
+CHARACTERS_PER_TOKEN = 4.8  # English web text, vocabulary of 65,536
 CHARACTERS_PER_SHARD = 250e6
 BYTES_PER_SHARD = 95e6
-OF_WEIGHTS = 2.6  # weights and optimizer state of a checkpoint, in sizes of the weights
+OF_WEIGHTS = (
+    2.6  # size of a checkpoint (weights and optimizer state) over that of the weights
+)
 
 
-def affordable_hours(config: PlanConfig, given: set[str]) -> float:  # 0: any
-    "Refuse questions without an answer; turn a budget into hours."
-    # Does the question make sense?
+def affordable_hours(
+    config: PlanConfig, given: set[str]
+) -> float:  # hours of pretraining; 0: no limit
+    "Check the options, and turn a budget into hours of pretraining."
+    # Do the options make sense?
     if config.gpu not in GPUS:
         raise UserError(f"--gpu is {config.gpu!r}: use {', '.join(GPUS)} or cpu")
     if config.gpus < 1:
@@ -77,18 +81,18 @@ def affordable_hours(config: PlanConfig, given: set[str]) -> float:  # 0: any
     if "depth" in given and (config.budget or config.hours):
         raise UserError("--budget and --hours pick the depth: leave --depth out")
 
-    # Money buys hours; where both are given, the smaller counts.
+    # A budget buys hours; if both are given, the smaller one counts.
     if not config.budget:
         return config.hours
     rent = (config.price or GPUS[config.gpu].price) * config.gpus
     if not rent:
-        raise UserError(f"no price of a {config.gpu} is known: add --price")
+        raise UserError(f"the price of a {config.gpu} is not known: add --price")
     paid = config.budget / rent
     return min(config.hours, paid) if config.hours else paid
 
 
 def cards_plan(config: PlanConfig, given: set[str]) -> dict[str, Any]:
-    "Plan a pretraining run on cards that need not be here."
+    "Plan a pretraining run on GPUs that need not be present."
     hours = affordable_hours(config, given)
     gpu = measured_gpu(config.gpu)
     world = config.gpus
@@ -106,7 +110,7 @@ def cards_plan(config: PlanConfig, given: set[str]) -> dict[str, Any]:
     expected = peak_memory(shape, rows, world, gpu, plan.micro_batches // world)
     if rows > most:
         raise UserError(
-            f"device_batch_size={rows} needs about {expected / 2**30:.0f} GiB, a "
+            f"device_batch_size={rows} needs about {expected / 2**30:.0f} GiB, but a "
             f"{config.gpu} has {gpu.memory:.0f}: use at most {most}"
         )
     facts = card_facts(config, plan, gpu)
@@ -114,15 +118,15 @@ def cards_plan(config: PlanConfig, given: set[str]) -> dict[str, Any]:
 
 
 def card_facts(config: PlanConfig, plan: Plan, gpu: Gpu) -> dict[str, Any]:
-    "Describe a plan for programs."
+    "Return the numbers of a plan, ready for JSON."
     world = config.gpus
-    share = plan.micro_batches // world  # micro-batches of one card in a step
+    share = plan.micro_batches // world  # micro-batches per GPU and step
     sizes = (plan.device_batch_size, 2, world, share)  # 2 bytes: bfloat16
     rent = (config.price or gpu.price) * world
     seconds = training_seconds(plan, gpu, world)
     characters = plan.tokens * CHARACTERS_PER_TOKEN
     shards = -int(-characters // CHARACTERS_PER_SHARD)
-    # Two checkpoints in each of four stages, four bytes a number.
+    # Two checkpoints in each of four stages, four bytes per number.
     checkpoints = 2 * 4 * OF_WEIGHTS * 4 * plan.parameters
     return {
         "gpu": config.gpu,
@@ -141,41 +145,41 @@ def card_facts(config: PlanConfig, plan: Plan, gpu: Gpu) -> dict[str, Any]:
 
 
 def memory_text(facts: dict[str, Any]) -> str:
-    "Say what needs how much memory."
+    "Return a line of text on how much memory each part needs."
     parts = facts["memory_by_part"]
     listed = [f"{k} {v / 2**30:.1f}" for k, v in parts.items() if k != "total"]
     return (
-        f"{parts['total'] / 2**30:.1f} GiB counted for this code ({', '.join(listed)}), "
+        f"{parts['total'] / 2**30:.1f} GiB computed for this code ({', '.join(listed)}), "
         f"{facts['memory_expected_gib']} GiB expected, {facts['source']}"
     )
 
 
 def show_cards(facts: dict[str, Any], console: Console) -> None:
-    "Print such a plan as a table."
+    "Print the numbers of a plan as a table."
     shape = facts["model"]
     dollars = facts["dollars"]
-    # One line for each question that is asked before money is spent.
+    # One line per question that one asks before spending money.
     rows = {
         "model": f"depth {shape['n_layer']}, width {shape['n_embd']}, "
         f"{facts['parameters']:,} parameters, context {shape['sequence_len']}",
         "text": f"{facts['tokens']:,} tokens in {facts['num_steps']:,} steps of "
         f"{facts['total_batch_size']:,}",
         "batch": f"{facts['micro_batches_per_gpu']} x {facts['device_batch_size']} rows "
-        f"on each of {facts['gpus']} {facts['gpu']} in a step",
+        f"on each of {facts['gpus']} {facts['gpu']} per step",
         "operations": f"{facts['flops']:.2e}",
         "memory": memory_text(facts),
         "data": f"{facts['shards']:,} shards; {facts['disk_gb']:,} GB with checkpoints",
         "time": f"{facts['hours']:,.1f} hours, {facts['tokens_per_second']:,} tokens/s, "
         f"{facts['share_of_peak']:.0%} of the peak, {facts['source']} (chapter 6; "
         "evaluation and later stages not included)",
-        "cost": "--price is needed" if dollars is None else f"${dollars:,.0f}",
+        "cost": "unknown: add --price" if dollars is None else f"${dollars:,.0f}",
     }
     for name, text in rows.items():
         console.print(f"{name:11s} {text}")
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0021
 def matmul_rate(device: torch.device) -> float:
-    "Measure operations per second of a matrix product, for about a third of a second."
+    "Measure the speed of matrix products in operations per second; takes about 0.3 s."
     matrix = torch.randn(1024, 1024, device=device, dtype=compute_dtype(device))
     count = 0
     begun = time.perf_counter()
@@ -189,41 +193,41 @@ def matmul_rate(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    "How fast a machine is expected to train."
+    "Expected training speed of a machine."
 
     peak: float  # operations per second, all devices together
-    share: float  # of it that training reaches
-    source: str  # where the two come from
+    share: float  # share of the peak that training reaches
+    source: str  # where the two numbers come from
 
 
 def machine_speed(device: torch.device, preset: str, width: int) -> Speed:
-    "Look a known card up, measure anything else."
+    "Look up a known GPU's speed, or measure an unknown device."
     world = 8 if preset == "gpu8" else 1
     if device.type == "cuda":
         if key := gpu_key(torch.cuda.get_device_name(device)):
             gpu = measured_gpu(key)
             source = f"of its data sheet, {gpu.source}"
             return Speed(gpu.peak * world, utilization(gpu, width), source)
-    elif preset != "cpu":  # a look at what cards that are not here would do
+    elif preset != "cpu":  # previewing a GPU preset without GPUs: assume H100s
         return Speed(989e12 * world, 0.45, "that an H100's data sheet gives")
     return Speed(matmul_rate(device) * world, 0.45, "just measured")
 
 
 def machine_plan(config: PlanConfig, preset: str, device: torch.device) -> Plan:
-    "Plan base_train for this machine, or for the cards that a preset stands for."
+    "Plan base_train for this machine, or for the GPUs that a preset implies."
     vocab_size = int(read_preset("tok_train", preset)["vocab_size"])
     world = 8 if preset == "gpu8" else 1
     kind = device.type
     itemsize = compute_dtype(device, config.dtype).itemsize
     if kind == "cpu" and preset != "cpu":
-        # The cards that the preset stands for are not here, but they have bfloat16.
+        # The preset's GPUs are not here, but they would have bfloat16.
         kind = "cuda"
         itemsize = 4 if config.dtype == "float32" else 2
     return base_plan(config, vocab_size, world, itemsize, device_type=kind)
 
 
 def training_minutes(plan: Plan, speed: Speed, preset: str) -> float:
-    "Predict the time of base_train and of the chat stages whose steps are known."
+    "Predict the minutes of base_train and of the chat stages with a fixed step count."
     chat_tokens = 0.0
     for stage in ("mid_train", "chat_sft"):
         options = parse_config(ChatConfig, stage, ["--preset", preset])
@@ -233,8 +237,8 @@ def training_minutes(plan: Plan, speed: Speed, preset: str) -> float:
 
 
 def disk_text(config: PlanConfig, plan: Plan) -> str:
-    "Say how much of the disk a run may take."
-    # Two checkpoints in each of four stages, four bytes a number.
+    "Return a line of text on how much disk space a run may need."
+    # Two checkpoints in each of four stages, four bytes per number.
     disk = 2 * 4 * OF_WEIGHTS * 4 * plan.parameters
     disk += 24e9 if config.data == "hub" else 0
     folder = get_base_dir()
@@ -244,7 +248,7 @@ def disk_text(config: PlanConfig, plan: Plan) -> str:
 
 
 def stage_table(plan: Plan) -> Table:
-    "List the stages of the pipeline."
+    "Build a table of the pipeline's stages."
     table = Table("stage", "what it does", box=None, padding=(0, 2, 0, 0))
     known = {
         "vocab": plan.model.vocab_size,
@@ -261,16 +265,16 @@ STAGES = {
     "tok_eval": "compare its compression with GPT-2's and GPT-4's",
     "base_train": "{steps:,} steps of {batch:,} tokens: predict the next token",
     "base_eval": "bits per byte against a bigram model, samples",
-    "mid_train": "learn the form of a conversation",
-    "chat_sft": "learn to answer: loss on the assistant's words only",
-    "chat_rl": "practise sums with the calculator, keep what worked",
+    "mid_train": "learn the format of a conversation",
+    "chat_sft": "learn to answer: loss on the assistant's tokens only",
+    "chat_rl": "practice sums with the calculator, keep what worked",
     "chat_eval": "held-out questions after midtraining, fine-tuning and RL",
     "report": "collect numbers, curves and samples into one page",
 }
 
 
 def show_machine(config: PlanConfig, console: Console) -> None:
-    "Print what the whole pipeline will do here."
+    "Print what the whole pipeline will do on this machine."
     preset = detect_preset()
     device = compute_init(config.device)
     facts = environment()
@@ -280,7 +284,7 @@ def show_machine(config: PlanConfig, console: Console) -> None:
     speed = machine_speed(device, preset, shape.n_embd)
     minutes = training_minutes(plan, speed, preset)
 
-    # In words: what it found here, what it will do, and what that needs.
+    # What was found here, what the run will do, and what it needs.
     machine = ", ".join(facts["gpus"]) or f"{facts['cpus']} CPU cores, no GPU"
     kind = "memory" if preset == "cpu" else "memory on each GPU"
     in_all = " (a quarter of an hour in all on two cores)" if preset == "cpu" else ""
@@ -289,7 +293,7 @@ def show_machine(config: PlanConfig, console: Console) -> None:
         "preset": f"{preset} (settings.ini)",
         "model": f"depth {shape.n_layer}, width {shape.n_embd}, {shape.n_head} heads, "
         f"{count:,} parameters, context {shape.sequence_len}",
-        "text": f"{plan.tokens:,} tokens, {plan.flops:.2e} floating point operations",
+        "text": f"{plan.tokens:,} tokens, {plan.flops:.2e} floating-point operations",
         "time": f"about {minutes:,.0f} minutes of training at {speed.share:.0%} of the "
         f"{speed.peak:.1e} operations per second {speed.source}, plus evaluation and RL"
         + in_all,
@@ -302,14 +306,14 @@ def show_machine(config: PlanConfig, console: Console) -> None:
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0022
 def preview(config: PlanConfig) -> None:
-    "Print what a run will do, on this machine or on the cards that were named."
+    "Print what a run will do, on this machine or on the GPUs given by --gpu."
     console = Console(highlight=False, soft_wrap=True)
     if config.gpu in ("", "cpu"):
         if config.budget or config.hours or config.json or config.gpus != 1:
             raise UserError("--gpus, --budget, --hours and --json need a --gpu")
         show_machine(config, console)
         return
-    # What the user typed wins over what is worked out; a config cannot tell.
+    # A config cannot tell typed values from defaults, so look at the command line.
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
     facts = cards_plan(config, given)
     if config.json:
@@ -319,14 +323,14 @@ def preview(config: PlanConfig) -> None:
 
 
 def preset_of_cards(
-    argv: list[str],  # the command line without the program's name
-) -> str:  # empty: nothing follows from it
-    "Choose the preset that a command line's --gpu means, if it names none itself."
+    argv: list[str],  # command line without the program name
+) -> str:  # preset; empty: --gpu does not imply one
+    "Return the preset that --gpu implies, unless the command line has --preset."
     words: list[str] = []
     for argument in argv:
         words += argument.split("=", 1)
     if "--gpu" not in words or "--preset" in words:
         return ""
     named = words[words.index("--gpu") + 1 :][:1]
-    # The sizes of the large run, on any number of cards.
+    # The sizes of the large run, whatever the number of GPUs.
     return "cpu" if named == ["cpu"] else "gpu8"

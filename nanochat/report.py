@@ -4,19 +4,19 @@
 __all__ = ['STAGES', 'TRAINING', 'CURVES', 'STYLE', 'read_sections', 'stage_log', 'read_curve', 'mean_point', 'smooth', 'Frame', 'svg_text', 'svg_curve', 'percent', 'accuracy_cell', 'ended_cell', 'stage_seconds', 'number_cell', 'task_row', 'summary_table', 'compare_scores', 'comparisons', 'reply_text', 'sample_blocks', 'git', 'git_commit', 'detail_blocks', 'report_blocks', 'markdown_row', 'to_markdown', 'html_row', 'to_html', 'write_report', 'ReportConfig', 'show_report', 'main']
 
 # %% ../nbs/appendix_report.ipynb #12f51306
-# The report is made of what the stages have left in the run's folder, and of nothing
-# else: `report/<name>.json` (values, by `save_section`) and `runs/<stage>/<tag>.jsonl`
-# (a line for each step). A stage that has not run, or left something unreadable, is
-# missing from the page; it is no error.
+# The report is built only from what the stages have left in the run's folder:
+# `report/<name>.json` (values written by `save_section`) and `runs/<stage>/<tag>.jsonl`
+# (one line per step). A stage that has not run, or whose files are unreadable, is left
+# out; that is not an error.
 #
-# The page is a list of blocks, pairs of a kind and a content, which both formats render:
+# The page is a list of (kind, content) blocks, which both formats render:
 #
 #   h1, h2, h3, p, pre   text
 #   table                rows of cells, the first row is the header
 #   svg                  ready markup
 #
-# Accuracies are shares between 0 and 1 in the files and per cent on the page, curves are
-# pairs (step, value), times are seconds.
+# Accuracies are shares from 0 to 1 in the files and percentages on the page; curves are
+# (step, value) pairs; times are in seconds.
 #| doc: The report of a run: one table, curves, samples, machine, versions and time.
 import argparse
 import datetime
@@ -44,8 +44,8 @@ def read_sections(
     base: Path,  # the run's folder
 ) -> dict[
     str, dict[str, Any]
-]:  # name -> what the stage saved; unreadable ones left out
-    "Collect what the stages saved."
+]:  # name -> what the stage saved; unreadable files are skipped
+    "Read the values that the stages saved."
     sections = {}
     for path in sorted((base / "report").glob("*.json")):
         try:
@@ -60,12 +60,12 @@ def read_sections(
 def stage_log(
     base: Path,  # the run's folder
     stage: str,  # e.g. "base_train"
-    section: dict[str, Any] | None,  # what the stage saved, if it has
-) -> Path:  # it need not exist
-    "Find the log of the run that the report is about."
+    section: dict[str, Any] | None,  # what the stage saved, if anything
+) -> Path:  # may not exist
+    "Return the log of the run that a stage's section describes."
     if section and section.get("tag"):
         return base / "runs" / stage / f"{section['tag']}.jsonl"
-    # Nothing says which run it was: take the log that was written last.
+    # The run is unknown: use the log that was written last.
     folder = base / "runs" / stage
     logs = list(folder.glob("*.jsonl"))
     return max(logs, key=lambda log: log.stat().st_mtime, default=folder)
@@ -75,7 +75,7 @@ def read_curve(
     log: Path,
     key: str,  # e.g. "loss"
 ) -> list[tuple[float, float]]:  # (step, value)
-    "Read one quantity of a log; lines cut short by a crash are skipped."
+    "Read one quantity from a log, skipping lines cut short by a crash."
     points = []
     for number, record in enumerate(read_log(log)):
         if isinstance(record.get(key), (int, float)):
@@ -86,7 +86,7 @@ def read_curve(
 def mean_point(
     points: Sequence[tuple[float, float]],  # (step, value), at least one
 ) -> tuple[float, float]:
-    "Average points."
+    "Return the mean of some points."
     xs = [x for x, _ in points]
     ys = [y for _, y in points]
     return sum(xs) / len(points), sum(ys) / len(points)
@@ -94,7 +94,7 @@ def mean_point(
 
 def smooth(
     points: Sequence[tuple[float, float]],  # (step, value)
-    keep: int = 200,  # points to draw at most
+    keep: int = 200,  # maximum number of points to draw
 ) -> list[tuple[float, float]]:  # means of consecutive points
     "Average neighboring points, so that a curve has at most `keep` of them."
     size = max(1, -(-len(points) // keep))
@@ -104,41 +104,41 @@ def smooth(
 # %% ../nbs/appendix_report.ipynb #76e582ca
 @dataclass(frozen=True)
 class Frame:
-    "Where the values of a curve lie on its picture, in pixels."
+    "Map the values of a curve to positions in its picture, in pixels."
 
     width: int
     height: int
-    steps: tuple[float, float]  # the smallest and the largest
+    steps: tuple[float, float]  # smallest and largest
     values: tuple[float, float]
 
-    left = 52  # room for the labels of the values
-    top = 30  # and for the title
+    left = 52  # room for the value labels
+    top = 30  # room for the title
 
     @property
     def right(self) -> int:
-        "Return the right edge of the curve."
+        "Return the right edge of the plot area."
         return self.width - 12
 
     @property
     def bottom(self) -> int:
-        "Return the lower edge of the curve."
+        "Return the bottom edge of the plot area."
         return self.height - 26
 
     def across(self, step: float) -> float:
-        "Return how far to the right a step lies."
+        "Return the x position of a step."
         first, last = self.steps
         room = self.right - self.left
         return self.left + room * (step - first) / ((last - first) or 1)
 
     def down(self, value: float) -> float:
-        "Return how far from the top a value lies."
+        "Return the y position of a value, measured from the top."
         low, high = self.values
         room = self.bottom - self.top
         return self.bottom - room * (value - low) / ((high - low) or 1)
 
 
 def svg_text(x: float, y: float, anchor: str, text: str) -> str:
-    "Write a text into a picture; `anchor` says which end of it stands at x."
+    "Return an SVG text element; `anchor` says which end of the text is at x."
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{text}</text>'
 
 
@@ -148,7 +148,7 @@ def svg_curve(
     width: int = 460,  # pixels
     height: int = 220,  # pixels
 ) -> str:  # an <svg> element
-    "Draw a curve without any library; colors follow the page."
+    "Draw a curve as SVG; its colors follow the page's light or dark theme."
     points = smooth(points)
     steps = [step for step, _ in points]
     values = [value for _, value in points]
@@ -158,7 +158,7 @@ def svg_curve(
     left, right = frame.left, frame.right
     top, bottom = frame.top, frame.bottom
 
-    # The two ends of both axes are enough to read a curve by.
+    # Labels at the two ends of each axis are enough to read a curve.
     labels = [
         svg_text(left, 18, "start", html.escape(title)),
         svg_text(left - 6, bottom, "end", f"{y0:.3g}"),
@@ -186,12 +186,12 @@ TRAINING = {
 
 # %% ../nbs/appendix_report.ipynb #04101e3f
 def percent(value: float | None) -> str:
-    "Write a share as text; a dash where nothing was measured."
+    "Format a share as a percentage; a dash means not measured."
     return "–" if value is None else f"{100 * value:.1f} %"
 
 # %% ../nbs/appendix_report.ipynb #13bb73c7
 def accuracy_cell(result: dict[str, Any] | None) -> str:
-    "Write an accuracy with its 95 % interval."
+    "Format an accuracy with its 95 % interval."
     if result is None:
         return "–"
     interval = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
@@ -199,7 +199,7 @@ def accuracy_cell(result: dict[str, Any] | None) -> str:
 
 # %% ../nbs/appendix_report.ipynb #a3df27e2
 def ended_cell(chat: dict[str, Any]) -> str:
-    "Write the share of all generated replies that ended by themselves."
+    "Format the share of generated replies that ended by themselves."
     tasks = [t for t in chat.get("tasks", {}).values() if t.get("ended") is not None]
     count = sum(t["n"] for t in tasks)
     if not count:
@@ -209,7 +209,7 @@ def ended_cell(chat: dict[str, Any]) -> str:
 
 # %% ../nbs/appendix_report.ipynb #2504979f
 def stage_seconds(section: dict[str, Any]) -> str:
-    "Write how long a stage took."
+    "Format how long a stage took."
     seconds = section.get("seconds", section.get("train_seconds"))
     if seconds is None:
         return "–"
@@ -217,29 +217,29 @@ def stage_seconds(section: dict[str, Any]) -> str:
 
 # %% ../nbs/appendix_report.ipynb #3ab156fa
 def number_cell(value: float | None) -> str:
-    "Write a number; a dash where nothing was measured."
+    "Format a number; a dash means not measured."
     return "–" if value is None else f"{value:.3f}"
 
 
 def task_row(
-    name: str,  # of a task
-    chats: list[dict[str, Any]],  # what chat_eval has saved of each stage, or {}
+    name: str,  # task name
+    chats: list[dict[str, Any]],  # what chat_eval saved for each stage; {} if nothing
 ) -> list[str]:
-    "Write the accuracies of all stages on one task."
+    "Return one table row: the accuracy of every stage on a task."
     results = [chat.get("tasks", {}).get(name) for chat in chats]
-    one = next(r for r in results if r)  # n and chance are the same in all
+    one = next(r for r in results if r)  # n and chance are the same in every stage
     label = f"{name} (n = {one['n']}, chance {percent(one['chance'])})"
     return [label, *map(accuracy_cell, results)]
 
 
 def summary_table(
     sections: dict[str, dict[str, Any]],
-) -> list[list[str]]:  # rows; the first one is the header
-    "Make one row for each measurement, one column for each stage."
+) -> list[list[str]]:  # rows; the first is the header
+    "Build the summary table: one row per measurement, one column per stage."
     chats = [sections.get(f"chat_eval_{stage}", {}) for stage in STAGES.values()]
     rows = [["", *STAGES]]
 
-    # What only a base model is measured by.
+    # Measurements of the base model only.
     base = sections.get("base_eval", {})
     measured = {
         "validation text, bits per byte": "val_bpb",
@@ -249,7 +249,7 @@ def summary_table(
     for label, key in measured.items():
         rows.append([label, number_cell(base.get(key)), "", "", ""])
 
-    # The tasks of the chat models, in the order in which they first appear.
+    # The tasks of the chat models, in order of first appearance.
     names: dict[str, None] = {}
     for chat in chats:
         names |= dict.fromkeys(chat.get("tasks", {}))
@@ -266,10 +266,10 @@ def summary_table(
 # %% ../nbs/appendix_report.ipynb #3eb86c25
 def compare_scores(
     title: str,  # what is compared, e.g. "spelling, SFT minus MID"
-    before: list[float],  # a score for each item
-    after: list[float],  # the same items
+    before: list[float],  # one score per item
+    after: list[float],  # one score per item, in the same order
 ) -> str:  # a sentence
-    "Say by how much the accuracy has changed, and whether that may be chance."
+    "Describe the change in accuracy, and whether it may be due to chance."
     difference = paired_difference(before, after)
     mean, low, high = (100 * value for value in difference)
     sure = "" if low > 0 or high < 0 else "; the interval includes zero"
@@ -282,7 +282,7 @@ def compare_scores(
 def comparisons(
     sections: dict[str, dict[str, Any]],
 ) -> list[str]:  # sentences
-    "Compare neighboring stages item by item."
+    "Compare consecutive stages item by item."
     sentences = []
     for (before, a), (after, b) in itertools.pairwise(STAGES.items()):
         first = sections.get(f"chat_eval_{a}", {}).get("tasks", {})
@@ -298,7 +298,7 @@ def comparisons(
 
 # %% ../nbs/appendix_report.ipynb #13d01f41
 def reply_text(sample: dict[str, Any]) -> str:
-    "Write a question, a reply, and what the grader said of it."
+    "Format a question, its reply, and the grader's verdict."
     mark = "right" if sample["score"] > 0 else "wrong"
     return f"{sample['question']}\n→ {sample['reply']}\n({mark})"
 
@@ -306,13 +306,13 @@ def reply_text(sample: dict[str, Any]) -> str:
 def sample_blocks(
     sections: dict[str, dict[str, Any]],
 ) -> list[tuple[str, Any]]:
-    "Show sample texts of the base model and sample replies of the chat models."
+    "Collect sample texts of the base model and sample replies of the chat models."
     blocks: list[tuple[str, Any]] = []
     if texts := sections.get("base_eval", {}).get("samples"):
         blocks.append(("h3", "Base model, continuing a text"))
         blocks += [("pre", text) for text in texts]
 
-    # Three replies of each stage to each task.
+    # Three replies per stage and task.
     for title, stage in STAGES.items():
         tasks = sections.get(f"chat_eval_{stage}", {}).get("tasks", {})
         for name, result in tasks.items():
@@ -322,8 +322,8 @@ def sample_blocks(
     return blocks
 
 # %% ../nbs/appendix_report.ipynb #8b6c0615
-def git(folder: Path, *arguments: str) -> str:  # what it printed
-    "Ask git about a folder; raise OSError or SubprocessError if it cannot tell."
+def git(folder: Path, *arguments: str) -> str:  # git's output
+    "Run git in a folder. Raises OSError or SubprocessError if that fails."
     done = subprocess.run(
         ["git", *arguments],
         cwd=folder,
@@ -338,12 +338,12 @@ def git(folder: Path, *arguments: str) -> str:  # what it printed
 def git_commit(
     package: Path | None = None,  # folder of the package; None: this one
 ) -> str:
-    "Return the commit of this code, and whether files differ from it."
+    "Return this code's commit, with ' + changes' if files differ from it."
     if package is None:
         here = globals().get("__file__")
         package = Path(here).resolve().parent if here else Path.cwd()
-    # The repository around an installed package is somebody else's: it must hold this
-    # very file, and the package must lie at its top.
+    # An installed package may be inside somebody else's repository. Ours tracks this
+    # very file, and has the package folder at its top level.
     try:
         top = Path(git(package, "rev-parse", "--show-toplevel")).resolve()
         git(package, "ls-files", "--error-unmatch", "report.py")
@@ -358,7 +358,7 @@ def git_commit(
 def detail_blocks(
     sections: dict[str, dict[str, Any]],
 ) -> list[tuple[str, Any]]:
-    "Show every plain value that a stage saved."
+    "Build a table of all strings and numbers that each stage saved."
     blocks: list[tuple[str, Any]] = []
     for name, section in sections.items():
         rows = []
@@ -385,7 +385,7 @@ CURVES = (
 def report_blocks(
     base: Path,  # the run's folder
 ) -> list[tuple[str, Any]]:  # (kind, content)
-    "Put the whole report together, as blocks that both formats render."
+    "Assemble the whole report, as blocks that both formats render."
     sections = read_sections(base)
     now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
     blocks: list[tuple[str, Any]] = [("h1", "nanochat report")]
@@ -395,7 +395,7 @@ def report_blocks(
     blocks += [("h2", "Summary"), ("table", summary_table(sections))]
     blocks += [("p", sentence) for sentence in comparisons(sections)]
 
-    # Curves of the stages that have run long enough for one.
+    # Curves of the stages that have logged at least two points.
     drawn = []
     for stage, key, title in CURVES:
         points = read_curve(stage_log(base, stage, sections.get(stage)), key)
@@ -412,7 +412,7 @@ def report_blocks(
 
 # %% ../nbs/appendix_report.ipynb #ad3d8ee7
 def markdown_row(row: Sequence[str]) -> str:
-    "Write one row of a table; a cell must not end it, nor begin a new cell."
+    "Format a table row, escaping line breaks and bars inside cells."
     cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
     return "| " + " | ".join(cells) + " |"
 
@@ -428,7 +428,7 @@ def to_markdown(blocks: Sequence[tuple[str, Any]]) -> str:
             lines.insert(1, "|" + " --- |" * len(content[0]))
             out.append("\n".join(lines))
         elif kind == "pre":
-            # Four spaces make code; a fence would end at the first fence inside it.
+            # Indented code, because a fenced block would end at any fence inside the text.
             out.append("\n".join("    " + line for line in content.splitlines()))
         elif kind == "svg":
             out.append("See report.html for the curves.")
@@ -453,12 +453,12 @@ svg polyline { stroke: var(--line); fill: none; stroke-width: 1.6 }
 
 # %% ../nbs/appendix_report.ipynb #908ad019
 def html_row(row: Sequence[str], tag: str) -> str:
-    "Write the cells of one row of a table, without the row's own tags."
+    "Format the cells of one table row, without the row's own tags."
     return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 
 
 def to_html(blocks: Sequence[tuple[str, Any]]) -> str:
-    "Render blocks as one HTML page that needs nothing else."
+    "Render blocks as one self-contained HTML page."
     out = []
     for kind, content in blocks:
         if kind == "table":
@@ -466,7 +466,7 @@ def to_html(blocks: Sequence[tuple[str, Any]]) -> str:
             rows = [html_row(header, "th")] + [html_row(row, "td") for row in body]
             out.append("<table><tr>" + "</tr>\n<tr>".join(rows) + "</tr></table>")
         elif kind == "svg":
-            out.append(content)  # ours, and escaped already
+            out.append(content)  # generated by us, and already escaped
         else:
             out.append(f"<{kind}>{html.escape(content)}</{kind}>")
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -476,9 +476,9 @@ def to_html(blocks: Sequence[tuple[str, Any]]) -> str:
 
 # %% ../nbs/appendix_report.ipynb #3941aa1f
 def write_report(
-    base: Path | None = None,  # the run's folder; None: the usual one
+    base: Path | None = None,  # the run's folder; None: `get_base_dir()`
 ) -> tuple[Path, Path]:  # report.md and report.html
-    "Build both reports from what is there; missing stages are left out."
+    "Write both reports from the stages that have run so far."
     base = base or get_base_dir()
     blocks = report_blocks(base)
     markdown = base / "report" / "report.md"
@@ -490,7 +490,7 @@ def write_report(
 # %% ../nbs/appendix_report.ipynb #4e90f002
 @dataclass(frozen=True)
 class ReportConfig:
-    "The report needs no options."
+    "Write the report and print its summary. There are no options."
 
 
 def show_report(config: ReportConfig) -> None:
@@ -510,9 +510,9 @@ def main() -> None:
         "action", nargs="?", choices=["generate", "reset"], default="generate"
     )
     if parser.parse_args().action == "reset":
-        print0("nothing to reset: the report is built anew each time")
+        print0("nothing to reset: the report is rebuilt each time")
         return
-    try:  # without the package's own command line, which knows only the stages
+    try:  # without `run_cli`, which handles only the stages
         show_report(ReportConfig())
     except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

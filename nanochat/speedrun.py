@@ -4,17 +4,17 @@
 __all__ = ['STAGES', 'ALONE', 'SpeedrunConfig', 'stage_command', 'run_to_its_end', 'run_once', 'stage_environment', 'start_download', 'wait_for', 'speedrun', 'base_options']
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0035
-# Each stage is a process of its own, with torchrun around it where it uses several GPUs:
-# memory comes back at its end, and an error in one says which it was.
+# Each stage runs in its own process, under torchrun if it uses several GPUs. So its
+# memory is freed when it ends, and an error message can name the stage.
 #
-# The protocol that makes a second start continue. A finished stage leaves a marker,
-# `done-<preset>/<stage>`, that holds the SHA-256 of the settings file and of its command
-# line. A stage whose marker says the same is skipped. One that has to run first removes
-# the markers of itself and of all after it, since they stand on what it makes. Inside a
-# stage that was interrupted its own checkpoints continue (see `stage`).
+# How a second run resumes. A finished stage leaves a marker, `done-<preset>/<stage>`,
+# that holds the SHA-256 of the settings file and of the stage's command line. A stage
+# whose marker matches is skipped. A stage that has to run first removes its own marker
+# and those of all later stages, because they depend on its output. A stage that was
+# interrupted resumes from its own checkpoints (see `stage`).
 #
-# Ctrl-C goes to the stage, which saves; then nothing further is started.
-#| doc: From raw text to a chat model: all stages in order, each in a process of its own.
+# Ctrl-C goes to the stage, which saves a checkpoint; no further stage is started.
+#| doc: From raw text to a chat model: all stages in order, each in its own process.
 import hashlib
 import os
 import signal
@@ -32,10 +32,10 @@ from .preview import PlanConfig, preview
 # %% ../nbs/appendix_commands.ipynb #c0ab0036
 @dataclass(frozen=True)
 class SpeedrunConfig(BaseConfig):
-    "The whole pipeline. Every option is one of base_train."
+    "Run the whole pipeline. The options are those of base_train."
 
 
-# Which commands, in order, with which options; and which of them use all GPUs.
+# (name of the stage, command, options), in the order in which they run.
 STAGES = (
     ("tok_train", "tok_train", ()),
     ("tok_eval", "tok_eval", ()),
@@ -49,7 +49,7 @@ STAGES = (
     ("chat_eval_rl", "chat_eval", ("--source", "rl")),
     ("report", "report", ()),
 )
-ALONE = ("tok_train", "tok_eval", "report")  # these use one process
+ALONE = ("tok_train", "tok_eval", "report")  # commands that use one process
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0037
 def stage_command(
@@ -57,7 +57,7 @@ def stage_command(
     options: tuple[str, ...],
     num_gpus: int,
 ) -> list[str]:
-    "Write the command line of a stage, under torchrun where it uses several GPUs."
+    "Build the command line of a stage, with torchrun if it uses several GPUs."
     python = [sys.executable]
     if num_gpus > 1 and command not in ALONE:
         python += ["-m", "torch.distributed.run", "--standalone"]
@@ -65,18 +65,18 @@ def stage_command(
     return [*python, "-m", "nanochat", command, *options]
 
 
-def run_to_its_end(command: list[str]) -> int:  # its exit code
-    "Run a program; Ctrl-C is its own affair, since it may have something to save."
+def run_to_its_end(command: list[str]) -> int:  # the program's exit code
+    "Run a program and let it handle Ctrl-C, since it may have something to save."
     child = subprocess.Popen(command, env=stage_environment())
 
     def stay(number, frame) -> None:
-        "Do nothing: the terminal sends Ctrl-C to the child as well."
+        "Ignore the signal: the terminal sends Ctrl-C to the child as well."
 
     def pass_on(number, frame) -> None:
-        "Ask the child to end; only we have been asked."
+        "Forward the signal: SIGTERM was sent only to this process."
         child.terminate()
 
-    # The handlers from before come back, however the child ends.
+    # The previous handlers are restored, however the child ends.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, stay),
         signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
@@ -89,12 +89,12 @@ def run_to_its_end(command: list[str]) -> int:  # its exit code
 
 
 def run_once(
-    name: str,  # of the stage
+    name: str,  # name of the stage
     command: list[str],
-    markers: Path,  # folder with one file for each finished stage
+    markers: Path,  # folder with one file per finished stage
 ) -> None:
-    "Run a stage, unless it has been run like this; forget what came after it."
-    # Done already? Without the first word, the interpreter, which may move.
+    "Run a stage unless its marker says it is done; clear the markers of later stages."
+    # The key omits the first word, the path of the interpreter, which may move.
     settings = find_settings().read_bytes()
     key = hashlib.sha256(settings + "\0".join(command[1:]).encode()).hexdigest()
     marker = markers / name
@@ -102,7 +102,7 @@ def run_once(
         print(f"== {name:14} already done", flush=True)
         return
 
-    # Whatever comes after it stands on what it makes.
+    # Later stages depend on this one's output, so they have to run again.
     names = [stage for stage, _, _ in STAGES]
     for later in names[names.index(name) :]:
         (markers / later).unlink(missing_ok=True)
@@ -114,14 +114,14 @@ def run_once(
         raise KeyboardInterrupt
     if code:
         raise UserError(
-            f"{name} ended with exit code {code}: mend what it says above and run the "
-            "same command again"
+            f"{name} failed with exit code {code}: fix the error shown above and run "
+            "the same command again"
         )
     marker.write_text(key)
 
 
 def stage_environment() -> dict[str, str]:
-    "Return the environment of a stage: output at once, one thread for each rank."
+    "Return a stage's environment: unbuffered output and, on 8 GPUs, one CPU thread."
     chosen = {"PYTHONUNBUFFERED": "1"}
     if detect_preset() == "gpu8":
         chosen["OMP_NUM_THREADS"] = "1"
@@ -129,34 +129,36 @@ def stage_environment() -> dict[str, str]:
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0038
 def start_download() -> subprocess.Popen:
-    "Fetch the text of a long run: a little at once, the rest beside the tokenizer."
-    os.environ["NANOCHAT_DOWNLOAD"] = "1"  # whole task sets, not the embedded samples
+    "Download 8 shards now, and the rest in the background while the tokenizer trains."
+    os.environ["NANOCHAT_DOWNLOAD"] = "1"  # full task sets, not the embedded samples
     fetch = [sys.executable, "-m", "nanochat", "download", "-n"]
     if subprocess.run([*fetch, "8"]).returncode:
-        raise UserError("the text could not be fetched: see above, and run this again")
+        raise UserError(
+            "the text could not be downloaded: see above, and run this command again"
+        )
     with open(get_base_dir() / "download.log", "w") as log:
         return subprocess.Popen([*fetch, "240"], stdout=log, stderr=log)
 
 
 def wait_for(download: subprocess.Popen) -> None:
-    "Wait for the rest of the text."
+    "Wait until all shards have been downloaded."
     log = get_base_dir() / "download.log"
     print(f"== waiting for the last of 240 shards (see {log})", flush=True)
     if download.wait():
-        raise UserError(f"the text could not be fetched: see {log}, and run this again")
+        raise UserError(f"the download failed: see {log}, and run this command again")
 
 
 def speedrun(config: SpeedrunConfig) -> None:
-    "Run the whole pipeline for the machine it finds."
+    "Run the whole pipeline with the preset for this machine."
     preset = detect_preset()
     os.environ["NANOCHAT_PRESET"] = preset
     if preset != "cpu" and not torch.cuda.is_available():
         raise UserError(
-            f"preset {preset} needs a GPU, and torch sees none: use --preset cpu"
+            f"preset {preset} needs a GPU, but torch sees none: use --preset cpu"
         )
     preview(PlanConfig(**base_options(config)))
 
-    # One stage after the other; the last of the text comes while the tokenizer learns.
+    # Run one stage after another; shards keep downloading while the tokenizer trains.
     markers = get_base_dir() / f"done-{preset}"
     markers.mkdir(parents=True, exist_ok=True)
     download = start_download() if preset in ("gpu1", "gpu8") else None
@@ -176,5 +178,5 @@ def speedrun(config: SpeedrunConfig) -> None:
 
 
 def base_options(config: BaseConfig) -> dict:
-    "Return the options of a config as arguments of another class that has them."
+    "Return base_train's options as keyword arguments for another config class."
     return {name: getattr(config, name) for name in BaseConfig.__dataclass_fields__}

@@ -4,10 +4,11 @@
 __all__ = ['ROUND_TRIP', 'TokTrainConfig', 'corpus_texts', 'message_texts', 'chat_texts', 'num_bytes', 'count_text', 'measure_tokenizer', 'learn_or_read', 'train_tokenizer']
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0003
-# A vocabulary is made for the text that it will meet: documents of the corpus, each cut
-# at a cap so that no long one decides, then the training chats, and numbers. All of it is
-# read as a stream, and none kept. Nothing of the validation split or of held-out chats is
-# read. Sizes are characters in the settings and bytes in the results.
+# A vocabulary should match the text that it will be used on. So the tokenizer is trained
+# on documents from the corpus (each cut at a cap, so that no long one dominates), then
+# the training chats, and numbers. All text is streamed, never held in memory. Nothing is
+# read from the validation split or from held-out chats. Sizes are in characters in the
+# settings and in bytes in the results.
 #| doc: Train the tokenizer on the training text, the training chats and numbers.
 import json
 import time
@@ -24,24 +25,24 @@ from .tokenizer import RustBPETokenizer
 # %% ../nbs/appendix_commands.ipynb #c0aa0004
 @dataclass(frozen=True)
 class TokTrainConfig:
-    "Which text the tokenizer learns from, and how many tokens."
+    "Train the tokenizer: which text it learns from, and how many tokens it gets."
 
     vocab_size: int = 65_536
-    """Number of tokens, the nine special ones included."""
+    """Size of the vocabulary, including the nine special tokens."""
     max_chars: int = 2_000_000_000
-    """Stop reading the corpus after so many characters."""
+    """Stop reading the corpus after this many characters."""
     doc_cap: int = 10_000
-    """Read at most so many characters of a document."""
+    """Read at most this many characters of each document."""
     numbers: int = 10
-    """Read the numbers 0 to 9,999 so often, so that pairs of digits become tokens."""
+    """How many times to read the numbers 0 to 9,999, so pairs of digits become tokens."""
     data: str = ""
     """Corpus: embedded, hub, or a path."""
     pickle: str = ""
-    """Instead of training, read the tokenizer.pkl of a nanochat run, as data."""
+    """Instead of training, import the tokenizer.pkl of a nanochat run."""
 
 # %% ../nbs/appendix_commands.ipynb #c0aa0005
 def corpus_texts(config: TokTrainConfig) -> Iterator[str]:
-    "Yield the training documents, each cut at the cap, up to the limit in all."
+    "Yield the training documents, each cut to doc_cap, until max_chars are read."
     left = config.max_chars
     for text, _ in iter_documents("train", data=config.data):
         text = text[: min(config.doc_cap, left)]
@@ -52,7 +53,7 @@ def corpus_texts(config: TokTrainConfig) -> Iterator[str]:
 
 
 def message_texts(conversation: dict) -> Iterator[str]:
-    "Yield what is said in a conversation, tool calls included."
+    "Yield the text of all messages in a conversation, including tool calls."
     for message in conversation["messages"]:
         content = message["content"]
         parts = [{"text": content}] if isinstance(content, str) else content
@@ -61,7 +62,7 @@ def message_texts(conversation: dict) -> Iterator[str]:
 
 def chat_texts(config: TokTrainConfig) -> Iterator[str]:
     "Yield the text of the training chats, words to spell, sums and plain numbers."
-    # Sorted: the text, and with it the fingerprint, must not depend on the file system.
+    # Sorted, so that the tokenizer's fingerprint does not depend on the file system.
     for path in sorted(data_path("chat").glob("*_train.jsonl")):
         with open(path, encoding="utf-8") as lines:
             for line in lines:
@@ -77,22 +78,22 @@ ROUND_TRIP = "Hello, world! I'm 1234 years old.\n\n\tnaïve café — 안녕 �
 
 
 def num_bytes(text: str) -> int:
-    "Return the size of a text in UTF-8; a lone surrogate counts as one byte."
+    "Return the UTF-8 size of a text in bytes; a lone surrogate counts as one byte."
     return len(text.encode("utf-8", "replace"))
 
 
 def count_text(texts: Iterator[str], seen: dict[str, int], part: str) -> Iterator[str]:
-    "Pass texts on and add up their size."
+    "Yield the texts unchanged, adding their size in bytes to `seen[part]`."
     for text in texts:
         seen[part] = seen.get(part, 0) + num_bytes(text)
         yield text
 
 
 def measure_tokenizer(tokenizer: RustBPETokenizer, config: TokTrainConfig) -> dict:
-    "Measure token lengths and compression on the beginning of the corpus."
+    "Measure token lengths, and compression on the first 1,000 documents."
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
         raise AssertionError(f"the round trip changes {ROUND_TRIP!r}")
-    # The special tokens come last and stand for no bytes.
+    # Leave out the special tokens: they come last and represent no bytes.
     lengths = tokenizer.token_bytes()[: len(tokenizer.ranks)].float()
     sample = [text for text, _ in zip(corpus_texts(config), range(1000))]
     num_tokens = sum(map(len, tokenizer.encode(sample)))
@@ -109,31 +110,31 @@ def measure_tokenizer(tokenizer: RustBPETokenizer, config: TokTrainConfig) -> di
 
 
 def learn_or_read(config: TokTrainConfig, seen: dict[str, int]) -> RustBPETokenizer:
-    "Train a tokenizer, or take one over from nanochat's file."
+    "Train a tokenizer, or import one from a nanochat file."
     if config.pickle:
         return RustBPETokenizer(*read_pickled(config.pickle))
 
     def texts() -> Iterator[str]:
-        "Yield everything it learns from, and count it."
+        "Yield all training text, counting its bytes."
         yield from count_text(corpus_texts(config), seen, "corpus")
         yield from count_text(chat_texts(config), seen, "chats and numbers")
 
     tokenizer = RustBPETokenizer.train_from_iterator(texts(), config.vocab_size)
-    # No error: a small text has no use for more.
+    # Not an error: a small text may run out of pairs to merge.
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
         print0(
             f"the text has no more pairs to merge: {size:,} tokens instead of "
-            f"{config.vocab_size:,}; give more text or ask for fewer tokens"
+            f"{config.vocab_size:,}; use more text or a smaller --vocab-size"
         )
     return tokenizer
 
 
 def train_tokenizer(config: TokTrainConfig) -> None:
-    "Train the tokenizer, save it, and print what it is like."
+    "Train the tokenizer, save it, and print its statistics."
     if min(config.max_chars, config.doc_cap) < 1:
         raise UserError("max_chars and doc_cap must be at least 1")
-    # Only learning is timed.
+    # Time only the training.
     begun = time.time()
     seen: dict[str, int] = {}  # part of the text -> bytes read
     tokenizer = learn_or_read(config, seen)

@@ -6,14 +6,15 @@
 __all__ = ['SPECIAL_TOKENS', 'FORMAT', 'VERSION', 'FILE_NAME', 'PRETRAINED', 'PART_FRAMES', 'learn_ranks', 'pack_vocabulary', 'fingerprint', 'read_vocabulary', 'load_tiktoken_ranks', 'read_pretrained', 'check_ranks', 'check_special', 'Vocabulary', 'mend', 'check_texts', 'whole_number', 'check_ids', 'TextCoder', 'to_tiktoken', 'check_messages', 'merge_system', 'message_parts', 'message_pieces', 'printable', 'color_terminal', 'color_html', 'RustBPETokenizer', 'get_tokenizer', 'get_token_bytes']
 
 # %% ../nbs/03_tokenization.ipynb #4c36aeda
-# Ids are whole numbers below the vocabulary size V: first the ranks, which the crate
-# learned, then the special tokens. Three classes, each on top of the last: `Vocabulary`
-# (what ids mean, saved as checksummed text), `TextCoder` (text to ids and back) and
-# `RustBPETokenizer` (conversations). What holds throughout: decoding what was encoded
-# gives the text back; no text becomes a special token, only `encode_special` makes one;
-# half a character is bytes and no error; a mask is as long as its ids, 1 where the loss
-# counts; equal fingerprints mean equal ids for every text. What a user can get wrong
-# raises `UserError`, with the place.
+# Ids are integers below the vocabulary size V: first the ranks, learned by the crate,
+# then the special tokens. There are three classes, each built on the previous one:
+# `Vocabulary` (what ids mean, saved as checksummed text), `TextCoder` (text to ids and
+# back) and `RustBPETokenizer` (conversations).
+#
+# Invariants: decoding an encoded text gives it back. No text is encoded as a special
+# token; only `encode_special` returns one. Half a character is decoded to bytes and is
+# not an error. A mask is as long as its ids, and is 1 where the loss counts. Equal
+# fingerprints mean equal ids for every text. User errors raise `UserError` and say where.
 import base64
 import hashlib
 import html
@@ -30,12 +31,12 @@ from .common import UserError, get_base_dir, write_atomic
 
 # %% ../nbs/03_tokenization.ipynb #98d0d771
 def learn_ranks(
-    texts: Iterable[str],  # the training text, a document at a time
-    num_tokens: int,  # tokens to learn, the 256 bytes included
-    pattern: str = SPLIT_PATTERN,  # how a document is cut into chunks
+    texts: Iterable[str],  # the training documents
+    num_tokens: int,  # maximum number of tokens, including the 256 bytes
+    pattern: str = SPLIT_PATTERN,  # regular expression that splits text into chunks
 ) -> list[bytes]:  # the tokens in order of rank
     "Learn a vocabulary with the Rust crate."
-    if isinstance(texts, str):  # an iterable, too: of its letters
+    if isinstance(texts, str):  # would be iterated letter by letter
         raise UserError("the training text is one string: put it in a list")
     if not isinstance(texts, Iterable):
         raise UserError(f"the training text is {texts!r:.40}: give a list of strings")
@@ -43,21 +44,21 @@ def learn_ranks(
     try:
         trainer.train_from_iterator(iter(texts), num_tokens, pattern=pattern)
     except UserError:
-        raise  # the texts' own complaint, for example a missing corpus
+        raise  # raised by the iterator itself, for example for a missing corpus
     except ValueError as error:
         raise UserError(f"the tokenizer cannot be trained: {error}") from error
     return [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
 
 # %% ../nbs/03_tokenization.ipynb #eed83170
 SPECIAL_TOKENS = [
-    "<|bos|>",  # begins every document and every conversation
+    "<|bos|>",  # starts every document and every conversation
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
     "<|python_start|>",  # the assistant calls the calculator ...
     "<|python_end|>",
-    "<|output_start|>",  # ... and its answer comes back
+    "<|output_start|>",  # ... and gets its result back
     "<|output_end|>",
 ]
 
@@ -71,8 +72,8 @@ def pack_vocabulary(
     ranks: list[bytes],  # tokens in order of rank
     pattern: str,  # split pattern
     special: dict[str, int],  # special token -> id
-) -> dict:  # the content of the file, without its checksum
-    "Describe a tokenizer in text: everything that its ids depend on."
+) -> dict:  # content of the file, without the checksum
+    "Return everything that a tokenizer's ids depend on, ready for JSON."
     tokens = [base64.b64encode(token).decode() for token in ranks]
     head = {"format": FORMAT, "version": VERSION, "pattern": pattern}
     return {**head, "special": special, "ranks": tokens}
@@ -88,15 +89,15 @@ def fingerprint(
 def read_vocabulary(
     path: Path,  # the file
 ) -> tuple[list[bytes], str, dict[str, int]]:  # ranks, pattern, special tokens
-    "Read a tokenizer's file; refuse one that is damaged, altered or too new."
+    "Read a tokenizer file. Raises UserError if it is damaged, altered or too new."
     remedy = "train it again with python -m scripts.tok_train"
     try:
         content = json.loads(path.read_text("utf-8"))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"not {FORMAT!r} of version {VERSION}")
-        stored = content.pop("sha256")  # of all the rest
+        stored = content.pop("sha256")  # hash of everything else
         if (found := fingerprint(content)) != stored:
-            raise ValueError(f"its sha256 is {found[:12]}, it says {stored[:12]}")
+            raise ValueError(f"its sha256 is {found[:12]}, expected {stored[:12]}")
         ranks = [base64.b64decode(token) for token in content["ranks"]]
         return ranks, content["pattern"], content["special"]
     except (FileNotFoundError, NotADirectoryError):
@@ -129,7 +130,7 @@ PRETRAINED = {  # name -> file, its sha256, split pattern, special tokens
 
 # %% ../nbs/03_tokenization.ipynb #97e10672
 def load_tiktoken_ranks(
-    path: Path,  # a file with lines of base64, space, rank
+    path: Path,  # file with one line per token: base64, space, rank
 ) -> list[bytes]:  # tokens in order of rank
     "Read a vocabulary in OpenAI's text format."
     try:
@@ -139,7 +140,7 @@ def load_tiktoken_ranks(
         raise UserError(f"{path} does not exist: put the vocabulary there") from None
     except ValueError as error:
         raise UserError(f"{path} is not a tiktoken vocabulary ({error})") from error
-    # One line per rank: a rank that stands twice would silently lose a token.
+    # One line per rank: a duplicate rank would silently lose a token.
     if not lines or sorted(ranks) != list(range(len(lines))):
         raise UserError(f"{path}: ranks are not 0, 1, 2, ...: download the file again")
     return [ranks[i] for i in range(len(ranks))]
@@ -149,59 +150,62 @@ def read_pretrained(
     name: str,  # a key of `PRETRAINED`
     folder: str | Path | None = None,  # None: `tokenizers` in the base folder
 ) -> tuple[list[bytes], str, dict[str, int]]:  # ranks, pattern, special tokens
-    "Load one of OpenAI's vocabularies, if it is really that one."
+    "Load one of OpenAI's vocabularies and verify its checksum."
     if not isinstance(name, str) or name not in PRETRAINED:
-        raise UserError(f"{name!r} is unknown: one of {', '.join(PRETRAINED)}")
+        raise UserError(f"tokenizer {name!r} is unknown: use {', '.join(PRETRAINED)}")
     file, expected, pattern, special = PRETRAINED[name]
     path = Path(folder or get_base_dir() / "tokenizers") / file
     ranks = load_tiktoken_ranks(path)
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise UserError(f"{path} has sha256 {found[:12]}, expected {expected[:12]}")
+        raise UserError(
+            f"{path} has sha256 {found[:12]}, expected {expected[:12]}: download it again"
+        )
     return ranks, pattern, special
 
 # %% ../nbs/03_tokenization.ipynb #c3a91e5d
 def check_ranks(
     ranks: Iterable[bytes],  # tokens in order of rank
 ) -> list[bytes]:
-    "Return the tokens as a list, or say which of them is none."
+    "Return the tokens as a list. Raises UserError naming the first invalid one."
     if not isinstance(ranks, Iterable) or isinstance(ranks, (str, bytes, dict, set)):
-        raise UserError(f"ranks are {ranks!r:.40}: give a list of byte strings")
+        raise UserError(f"ranks are {ranks!r:.40}: use a list of byte strings")
     ranks = list(ranks)
     for rank, token in enumerate(ranks):
         if not isinstance(token, bytes) or not token:
-            raise UserError(f"token {rank} is {token!r:.40}: use bytes, at least one")
+            raise UserError(f"token {rank} is {token!r:.40}: use one or more bytes")
     return ranks
 
 
 def check_special(
     special: dict[str, int],  # special token -> id
-    num_ranks: int,  # ids below it are ordinary tokens
+    num_ranks: int,  # number of ordinary tokens, which have the ids below it
 ) -> None:
-    "Raise `UserError` unless every special token has a name and an id of its own."
+    "Raise `UserError` unless every special token has a name and a unique id."
     if not isinstance(special, dict):
         raise UserError(
-            f"special tokens are {special!r:.40}: give names with their ids"
+            f"special tokens are {special!r:.40}: use a dict of names and ids"
         )
     for name, i in special.items():
         if not isinstance(name, str) or not name:
             raise UserError(f"a special token's name is {name!r}: use a string")
         if type(i) is not int or i < num_ranks:
             raise UserError(
-                f"special token {name!r} has id {i!r}: use a whole number from "
-                f"{num_ranks:,} on, behind the ordinary tokens"
+                f"special token {name!r} has id {i!r}: use an integer of at least "
+                f"{num_ranks:,}, after the ordinary tokens"
             )
     if len(set(special.values())) < len(special):
         raise UserError(f"two special tokens share an id: {special}")
 
 # %% ../nbs/03_tokenization.ipynb #9f96cdf1
 class Vocabulary:
-    "Tokens, split pattern and special tokens: what ids mean, and where that is kept."
+    "The tokens, split pattern and special tokens; can be saved and loaded."
 
     def __init__(
         self,
         ranks: list[bytes],  # tokens in order of rank
-        pattern: str = SPLIT_PATTERN,  # how a text is cut into chunks
-        special: dict[str, int] | None = None,  # None: the nine, after the ranks
+        pattern: str = SPLIT_PATTERN,  # regular expression that splits text into chunks
+        special: dict[str, int]
+        | None = None,  # name -> id; None: ours, after the ranks
     ):
         ranks = check_ranks(ranks)
         if special is None:
@@ -220,10 +224,12 @@ class Vocabulary:
         try:
             return rustbpe.Tokenizer.from_ranks(pairs, self.pattern)
         except (TypeError, ValueError) as error:
-            raise UserError(f"this is no tokenizer: {error}") from error
+            raise UserError(
+                f"these ranks or this pattern are invalid: {error}"
+            ) from error
 
     def __getstate__(self) -> dict:
-        "Leave the compiled part out of a pickle or a copy: it can be built again."
+        "Leave the compiled tokenizer out of pickles and copies; it can be rebuilt."
         return {name: value for name, value in vars(self).items() if name != "bpe"}
 
     def __setstate__(self, state: dict) -> None:
@@ -232,21 +238,21 @@ class Vocabulary:
 
     @classmethod
     def from_directory(cls, directory: str | Path):
-        "Load what `save` wrote."
+        "Load a tokenizer that `save` wrote."
         return cls(*read_vocabulary(Path(directory) / FILE_NAME))
 
     def save(self, directory: str | Path) -> None:
-        "Write the tokenizer as checksummed text."
+        "Write the tokenizer to a folder, as checksummed text."
         content = pack_vocabulary(self.ranks, self.pattern, self.special)
         content["sha256"] = fingerprint(content)
         write_atomic(Path(directory) / FILE_NAME, json.dumps(content, indent=0))
 
     def fingerprint(self) -> str:
-        "Identify the tokenizer; every checkpoint stores this."
+        "Return a hash that identifies the tokenizer; every checkpoint stores it."
         return fingerprint(pack_vocabulary(self.ranks, self.pattern, self.special))
 
     def get_vocab_size(self) -> int:
-        "Return V, one more than the largest id; ids below it may be unused."
+        "Return V, the largest id plus one; some ids below it may be unused."
         return max(self.token_of) + 1
 
     def get_special_tokens(self) -> list[str]:
@@ -254,25 +260,25 @@ class Vocabulary:
         return list(self.special)
 
     def token_bytes(self) -> torch.Tensor:
-        "Return how many bytes each token stands for, (V,) int64; 0 for special tokens."
+        "Return the number of bytes of each token, (V,) int64; 0 for special tokens."
         lengths = [len(token) for token in self.ranks]
         return torch.tensor(lengths + [0] * (self.get_vocab_size() - len(lengths)))
 
 # %% ../nbs/03_tokenization.ipynb #9c827d69
 def mend(
     text: str,  # any text
-) -> str:  # the same, if it was sound
-    "Put the replacement character for lone halves of surrogate pairs."
+) -> str:  # the same text, if it was valid
+    "Replace lone surrogates with the replacement character."
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/03_tokenization.ipynb #a72c50e4
 def check_texts(
-    texts: Iterable[str],  # what `encode` was given, if it was no string
+    texts: Iterable[str],  # the argument of `encode`, if it is not a string
 ) -> list[str]:
-    "Return the texts as a list, or say which of them is not one."
-    # These are iterables, too, but not of texts in an order.
+    "Return the texts as a list. Raises UserError naming the first invalid one."
+    # These are iterables too, but not of texts in a definite order.
     odd = isinstance(texts, (bytes, bytearray, dict, set, frozenset))
     if odd or not isinstance(texts, Iterable):
         kind = type(texts).__name__
@@ -282,13 +288,13 @@ def check_texts(
         if not isinstance(text, str):
             kind = type(text).__name__
             raise UserError(
-                f"encode takes strings, but number {at} of the list is {kind}"
+                f"encode takes strings, but item {at} of the list is {kind}"
             )
     return texts
 
 # %% ../nbs/03_tokenization.ipynb #b85d1f39
 def whole_number(name: str, value: object) -> int:
-    "Return a number as Python's integer; NumPy's and PyTorch's are accepted."
+    "Convert an integer to a Python int; NumPy and PyTorch integers are accepted."
     # In Python True == 1, and a mask would pass as ids.
     kind = str(getattr(value, "dtype", type(value).__name__))
     if "bool" not in kind:
@@ -296,13 +302,13 @@ def whole_number(name: str, value: object) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise UserError(f"{name} is a whole number, got {value!r:.40} ({kind})")
+    raise UserError(f"{name} must be an integer, got {value!r:.40} ({kind})")
 
 
 def check_ids(
-    ids: Iterable[int],  # what `decode` was given
+    ids: Iterable[int],  # the argument of `decode`
 ) -> list[int]:
-    "Return one row of token ids as a list of Python's integers, or say what is wrong."
+    "Return a row of token ids as a list of ints. Raises UserError if it is not one."
     if hasattr(ids, "tolist"):  # a tensor or an array
         if getattr(ids, "ndim", 1) != 1:
             shape = tuple(ids.shape)
@@ -321,24 +327,24 @@ def check_ids(
 
 # %% ../nbs/03_tokenization.ipynb #0f5a1441
 class TextCoder(Vocabulary):
-    "Text to ids and back."
+    "Encode text to ids and decode it again."
 
     def encode_special(self, name: str) -> int:
-        "Return a special token's id."
+        "Return the id of a special token."
         if not isinstance(name, str) or name not in self.special:
             known = ", ".join(list(self.special)[:12])
-            raise UserError(f"{name!r} is no special token; there are {known}")
+            raise UserError(f"{name!r} is not a special token: use one of {known}")
         return self.special[name]
 
     def get_bos_token_id(self) -> int:
-        "Return the id of the token that begins every document."
+        "Return the id of the token that starts every document."
         for name in ("<|bos|>", "<|endoftext|>"):  # ours; OpenAI's
             if name in self.special:
                 return self.special[name]
         raise UserError("this tokenizer has neither <|bos|> nor <|endoftext|>")
 
     def end_id(self, end: int | str) -> int:
-        "Resolve what `encode` puts at an end of a text: a special token's name, or an id."
+        "Resolve `prepend` or `append` of `encode`, a name or an id, to an id."
         if isinstance(end, str):
             return self.encode_special(end)
         i = whole_number("a token id", end)
@@ -350,18 +356,18 @@ class TextCoder(Vocabulary):
         self,
         text: str | list[str],  # one text or many
         prepend: int | str | None = None,  # id or name of a special token
-        append: int | str | None = None,  # the same, at the end
+        append: int | str | None = None,  # the same, after the text
     ) -> list:  # ids; for a list of texts, a list of lists of ids
-        "Encode text; names of special tokens in it stay ordinary text."
+        "Encode text; names of special tokens in it are treated as ordinary text."
         texts = [text] if isinstance(text, str) else check_texts(text)
         before = [] if prepend is None else [self.end_id(prepend)]
         after = [] if append is None else [self.end_id(append)]
         try:
             rows = self.bpe.encode_batch(texts)
-        except ValueError:  # half of a surrogate pair? To look for one costs time.
+        except ValueError:  # perhaps a lone surrogate; checking up front would be slow
             try:
                 rows = self.bpe.encode_batch([mend(t) for t in texts])
-            except ValueError as error:  # no: the split pattern drops some text
+            except ValueError as error:  # otherwise, the split pattern drops some text
                 raise UserError(f"this text cannot be encoded: {error}") from None
         if before or after:
             rows = [[*before, *row, *after] for row in rows]
@@ -370,7 +376,7 @@ class TextCoder(Vocabulary):
     __call__ = encode
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        "Join the bytes of tokens; half a character stays half a character."
+        "Concatenate the bytes of tokens, which may end in the middle of a character."
         ids = check_ids(ids)
         try:
             return b"".join([self.token_of[i] for i in ids])
@@ -379,18 +385,18 @@ class TextCoder(Vocabulary):
             raise UserError(why) from None
 
     def decode(self, ids: list[int]) -> str:
-        "Spell ids out; bytes that are no UTF-8 become the replacement character."
+        "Decode ids to text; invalid UTF-8 becomes the replacement character."
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def id_to_token(self, id: int) -> str:
-        "Spell one token out."
+        "Decode a single token to text."
         return self.decode([id])
 
 # %% ../nbs/03_tokenization.ipynb #72995c06
 def to_tiktoken(
-    tokenizer: Vocabulary,  # ours
+    tokenizer: Vocabulary,  # our tokenizer
 ):  # a tiktoken.Encoding with the same ids
-    "Hand the vocabulary to OpenAI's library, which must be installed."
+    "Convert a tokenizer to OpenAI's tiktoken library, which must be installed."
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
@@ -486,19 +492,19 @@ def message_pieces(
 # %% ../nbs/03_tokenization.ipynb #67accb6b
 def printable(
     token: bytes,  # a token's bytes
-) -> str:  # text without control characters, \xNN for what is not UTF-8
-    "Spell a token so that nothing in it can move the cursor or hide."
+) -> str:  # text without control characters; \xNN for invalid UTF-8
+    "Write a token so that nothing in it can move the cursor or be invisible."
     text = token.decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 # %% ../nbs/03_tokenization.ipynb #d6848184
 def color_terminal(text: str, trained: int) -> str:
-    "Green where the loss counts, red where it does not."
+    "Color a token green if the loss counts it, and red if not."
     return f"\x1b[{32 if trained else 31}m{text}\x1b[0m"
 
 # %% ../nbs/03_tokenization.ipynb #fc0d74a0
 def color_html(text: str, trained: int) -> str:
-    "A framed box; filled where the loss counts."
+    "Draw a box around a token, filled if the loss counts it."
     color = "background:#2a7d4f;color:#fff" if trained else "background:none"
     style = f"border:1px solid #888;border-radius:3px;padding:0 2px;{color}"
     return f'<code style="{style}">{html.escape(text)}</code>'
@@ -568,5 +574,5 @@ def get_tokenizer() -> RustBPETokenizer:  # the tokenizer of the current run
 def get_token_bytes(
     device: torch.device | str = "cpu",  # where the evaluation runs
 ) -> torch.Tensor:  # (V,) int64, bytes per token, 0 for special tokens
-    "Count the bytes of every token, for bits per byte."
+    "Return the number of bytes of every token, for bits per byte."
     return get_tokenizer().token_bytes().to(device)

@@ -1,9 +1,20 @@
 """A tiny tokenizer and a tiny trained model, made once for all tests."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+# Deceive this process and its children, before anything of the package is imported.
+if os.environ.get("NANOCHAT_HIDE_POSIX"):
+    folder = str(Path(__file__).parent / "no_posix")
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, *before]))
+    sys.path.insert(0, folder)
+    sys.modules.pop("sitecustomize", None)  # the system's own
+    import sitecustomize  # noqa: F401 (what it does is done when it is imported)
 
 from itertools import islice
 

@@ -48,10 +48,14 @@ def nothing_remembered():
     forget()
 
 
-def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, dtype=torch.float32):
+def qkv(rows=2, queries=7, keys=7, heads=4, kv_heads=2, *, dtype=torch.float32):
+    "Queries, keys and values of head size 8."
     g = torch.Generator().manual_seed(0)
-    shape = lambda t, h: torch.randn(rows, t, h, 8, generator=g).to(dtype)
-    return shape(queries, heads), shape(keys, kv_heads), shape(keys, kv_heads)
+
+    def draw(positions: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, positions, heads, 8, generator=g).to(dtype)
+
+    return draw(queries, heads), draw(keys, kv_heads), draw(keys, kv_heads)
 
 
 def install(monkeypatch, flash3=None):
@@ -140,7 +144,10 @@ def test_kernels_of_this_machine_equal_the_twin(name, window, dtype, monkeypatch
         inputs = qkv(2, 70, 70, *heads, dtype=dtype)
         if name and misfit(name, *inputs[:2], window if window < 70 else 0):
             continue
-        f = lambda q, k, v: attend(q, k, v, None, window, scale=0.3, kernel=name)
+
+        def f(q, k, v):
+            return attend(q, k, v, None, window, scale=0.3, kernel=name)
+
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.3), inputs)
         close(graded(f, inputs), twin, dtype)
         if heads == (4, 2):
@@ -162,11 +169,12 @@ class FlashOnCPU:
     "What stands behind `varlen_attn`, for rows laid end to end, on the CPU."
 
     def __init__(self):
-        self.library, self.calls = torch.library.Library("aten", "IMPL"), []
+        self.library = torch.library.Library("aten", "IMPL")
+        self.calls = []
         self.library.impl("_flash_attention_forward", self.forward, "CPU")
         self.library.impl("_flash_attention_backward", self.backward, "CPU")
 
-    def weights(self, q, k, starts, key_starts, window, scale):
+    def weights(self, q, k, starts, key_starts, *, window, scale):
         "Weights of all queries on all keys, (H, total, total)."
         query_row = torch.bucketize(torch.arange(len(q)), starts, right=True) - 1
         key_row = torch.bucketize(torch.arange(len(k)), key_starts, right=True) - 1
@@ -182,7 +190,7 @@ class FlashOnCPU:
         assert q.shape[1:] == k.shape[1:] and sides[1] == 0
         self.calls.append((T, S, sides))
         scale = options.get("scale") or q.size(-1) ** -0.5
-        w = self.weights(q, k, starts, key_starts, sides, scale)
+        w = self.weights(q, k, starts, key_starts, window=sides, scale=scale)
         y = torch.einsum("hts,shd->thd", w, v.float()).to(q.dtype)
         seed = torch.zeros(2, dtype=torch.uint64)
         return y, torch.zeros(q.size(1), len(q)), seed, seed.clone(), torch.empty(0)
@@ -190,7 +198,7 @@ class FlashOnCPU:
     def backward(self, grad, q, k, v, y, sums, starts, key_starts, *rest, **options):
         sides = options["window_size_left"], options["window_size_right"]
         scale = options.get("scale") or q.size(-1) ** -0.5
-        w = self.weights(q, k, starts, key_starts, sides, scale)
+        w = self.weights(q, k, starts, key_starts, window=sides, scale=scale)
         g = grad.float()
         dw = torch.einsum("thd,shd->hts", g, v.float())
         ds = w * (dw - (w * dw).sum(-1, keepdim=True)) * scale
@@ -216,7 +224,10 @@ def test_varlen_equals_the_twin(queries, window, flash_on_cpu, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     for heads in SHARES:
         inputs = qkv(3, queries, 40, *heads, dtype=bf16)
-        f = lambda q, k, v: KERNELS["varlen"](q, k, v, window, 0.3)
+
+        def f(q, k, v):
+            return KERNELS["varlen"](q, k, v, window, 0.3)
+
         twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.3), inputs)
         close(graded(f, inputs), twin, bf16)
         close(graded(compiled(f), inputs), twin, bf16)
@@ -236,7 +247,10 @@ def test_flash3_by_its_package(queries, window, pack, monkeypatch):
     calls = []
     install(monkeypatch, stand_in(calls, pack))
     inputs = qkv(queries=queries, dtype=bf16)
-    f = lambda q, k, v: KERNELS["flash3"](q, k, v, window, 0.2)
+
+    def f(q, k, v):
+        return KERNELS["flash3"](q, k, v, window, 0.2)
+
     twin = graded(lambda q, k, v: attend_plainly(q, k, v, window, 0.2), inputs)
     close(graded(f, inputs), twin, bf16)
     assert calls == [(True, (window - 1, 0) if window else (-1, -1))]
@@ -252,7 +266,9 @@ def pretend_activation(monkeypatch, known: tuple[str, ...]):
             raise RuntimeError("does not expose its kernels")
         active[0] = version
 
-    put = lambda name, value: monkeypatch.setattr(ATTENTION, name, value, raising=False)
+    def put(name, value):
+        monkeypatch.setattr(ATTENTION, name, value, raising=False)
+
     put("activate_flash_attention_impl", activate)
     put("current_flash_attention_impl", lambda: active[0])
     put("restore_flash_attention_impl", lambda: active.__setitem__(0, None))
@@ -267,8 +283,14 @@ def test_flash3_through_pytorch(flash_on_cpu, monkeypatch):
     install(monkeypatch, lambda *args, **options: 1 / 0)
     inputs = qkv(queries=40, keys=40, dtype=bf16)
     for window in (0, 5):
-        f = lambda q, k, v: KERNELS["flash3"](q, k, v, window)  # noqa: B023
-        twin = graded(lambda q, k, v: attend_plainly(q, k, v, window), inputs)  # noqa: B023
+
+        def f(q, k, v, window=window):
+            return KERNELS["flash3"](q, k, v, window)
+
+        def plain(q, k, v, window=window):
+            return attend_plainly(q, k, v, window)
+
+        twin = graded(plain, inputs)
         close(graded(f, inputs), twin, bf16)
         close(graded(compiled(f), inputs), twin, bf16)
         assert bool(flash_on_cpu.calls) == bool(window)
@@ -281,12 +303,13 @@ def test_flash3_whose_package_pytorch_cannot_use(monkeypatch):
     install(monkeypatch, stand_in(calls))
     KERNELS["flash3"](*qkv(dtype=bf16))
     assert len(calls) == 1
-    with pytest.raises(UserError, match="use another kernel"):
+    with pytest.raises(UserError, match="choose another kernel"):
         KERNELS["flash4"](*qkv(dtype=bf16))
 
 
 def test_flash4_through_pytorch(monkeypatch):
-    active, inputs = pretend_activation(monkeypatch, ("FA4",)), qkv(dtype=bf16)
+    active = pretend_activation(monkeypatch, ("FA4",))
+    inputs = qkv(dtype=bf16)
     y = KERNELS["flash4"](*inputs)
     close([y], [attend_plainly(*inputs)], bf16)
     assert active == ["FA4"]
@@ -383,7 +406,7 @@ def test_no_tensor_off_the_gpu_reaches_its_kernels(monkeypatch):
         ("flash3", "needs an NVIDIA GPU, not cpu"),
         ("flash4", "needs an NVIDIA GPU, not cpu"),
         ("varlen", "needs an NVIDIA GPU, not cpu"),
-        ("sdpa", "no windows and no chunks"),
+        ("sdpa", "neither windows nor chunks"),
         ("fast", "unknown: use blocks, "),
     ],
 )
@@ -451,7 +474,7 @@ def test_heads_are_copied_where_the_kernel_cannot_share_them(monkeypatch):
     gpu_of_air(monkeypatch, 8)
     calls = recorded(monkeypatch)
 
-    def ask(T, S, dtype, window=0, trains=False, ragged=False):
+    def ask(T, S, dtype, *, window=0, trains=False, ragged=False):
         with FakeTensorMode():
             q = torch.empty(2, T, 4, 8, device="cuda", dtype=dtype)
             k = torch.empty(2, S, 2, 8, device="cuda", dtype=dtype)
@@ -487,7 +510,8 @@ def test_heads_are_copied_where_the_kernel_cannot_share_them(monkeypatch):
 @old_fakes
 def test_cudnn_is_asked_first_and_only_for_training(monkeypatch):
     gpu_of_air(monkeypatch, 9)
-    calls, orders = recorded(monkeypatch), []
+    calls = recorded(monkeypatch)
+    orders = []
     ask = F.scaled_dot_product_attention
 
     def noting(*args, **options):
@@ -532,7 +556,10 @@ def test_what_only_a_gpu_reaches_is_one_graph_too(monkeypatch, capsys):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     kernels = torch.nn.attention.SDPBackend
     kept = [kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
-    narrowed = lambda q, plan: torch.nn.attention.sdpa_kernel(kept)
+
+    def narrowed(q, plan):
+        return torch.nn.attention.sdpa_kernel(kept)
+
     monkeypatch.setattr(attention, "pytorch_choice", narrowed)
 
     def f(q, k, v):
@@ -559,7 +586,8 @@ def test_a_window_over_all_keys_is_none(monkeypatch):
 def test_all_layers_can_be_told_which_kernel_to_use(monkeypatch):
     config = GPTConfig(n_embd=64, n_head=4, n_kv_head=2)
     model = torch.nn.ModuleList(CausalSelfAttention(config, i) for i in range(2))
-    x, tables = torch.randn(1, 9, 64), precompute_rotary(9, 16)
+    x = torch.randn(1, 9, 64)
+    tables = precompute_rotary(9, 16)
     free = [layer(x, *tables) for layer in model]
     for name in ("twin", "mask", "sdpa", "blocks", ""):
         set_kernel(model, name)

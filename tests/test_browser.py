@@ -57,7 +57,8 @@ def page(browser):
     "A page that fails the test if the browser reports an error or asks another host."
     context = browser.new_context(viewport={"width": 1100, "height": 760})
     page = context.new_page()
-    page.problems, page.hosts = [], set()
+    page.problems = []
+    page.hosts = set()
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]))
     page.set_default_timeout(15_000)
@@ -294,7 +295,8 @@ def test_temperature_widget_computes_what_python_does(page, temperature, top_k):
 
 
 def test_temperature_widget_draws_from_what_sample_next_draws():
-    z, dice = torch.tensor(LOGITS), torch.Generator().manual_seed(0)
+    z = torch.tensor(LOGITS)
+    dice = torch.Generator().manual_seed(0)
     for temperature, top_k in [(0.37, 6), (2.5, 3)]:
         drawn = sample_next(z.expand(40_000, 6), temperature, top_k, dice).flatten()
         share = torch.bincount(drawn, minlength=6).double() / len(drawn)
@@ -356,7 +358,10 @@ def test_rope_widget_turns_as_python_does(page):
     dice = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 8, generator=dice)
     speeds = (10_000.0 ** (-torch.arange(0, 8, 2) / 8)).tolist()
-    pair = lambda x, i: x[[i, i + 4]].tolist()
+
+    def pair(x, i):
+        return x[[i, i + 4]].tolist()
+
     pairs = [
         {"speed": w, "q": pair(q, i), "k": pair(k, i)} for i, w in enumerate(speeds)
     ]
@@ -389,10 +394,14 @@ def test_heatmap_widget_shows_the_record(page):
     record = json.loads(RECORD.read_text())
     maps = [record[name] for name in ("sentence", "sum")]
     show_widget(page, "heatmap.html", {"heads": 3, "maps": maps, "start": [1, 1, 2]})
-    reader = lambda t: page.get_by_role("button", name=f"Reader {t}:")
-    weights = lambda: page.locator(".text code").evaluate_all(
-        "words => words.map(w => +w.dataset.weight)"
-    )
+
+    def reader(t):
+        return page.get_by_role("button", name=f"Reader {t}:")
+
+    def weights():
+        return page.locator(".text code").evaluate_all(
+            "words => words.map(w => +w.dataset.weight)"
+        )
 
     def check(name: str, head: int, t: int) -> None:
         row = record[name]["weights"][head][t]
@@ -464,7 +473,8 @@ def dial_says(config: GPTConfig, rows: int, *rest) -> dict:
     parameters, flops = parameter_counts(config), flops_per_token(config)
     # The dial offers no design with it.
     assert parameters.pop("smear_gate") == 0
-    total, seen = parameters["total"], config.sequence_len
+    total = parameters["total"]
+    seen = config.sequence_len
     windows = [min(config.window(i) or seen, seen) for i in range(config.n_layer)]
     return {
         "width": config.n_embd,
@@ -561,16 +571,19 @@ RATES = {
 RAVINE = {"kappa": 25, "steps": 40, "start": [10, 1], "beta2": 0.95, "rates": RATES}
 
 
-def descend(method: str, rate: float, beta: float, kappa: float, steps: int, turn: int):
+def descend(walk: dict, method: str, kappa: float, steps: int, turn: int):
     "The same walk in tensors, with the AdamW and the `lerp` that train the models."
+    rate = walk["rate"]
+    beta = walk["beta"]
     a = math.radians(turn)
+    # Its columns are the ravine's two directions.
     axes = [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
-    axes = torch.tensor(
-        axes, dtype=torch.float64
-    )  # columns: the ravine's two directions
+    axes = torch.tensor(axes, dtype=torch.float64)
     bend = axes @ torch.tensor([1.0, kappa]).double().diag() @ axes.T
     p = axes @ torch.tensor(RAVINE["start"], dtype=torch.float64)
-    average, state, path = torch.zeros_like(p), {}, [p.clone()]
+    average = torch.zeros_like(p)
+    state = {}
+    path = [p.clone()]
     group = {"lr": rate, "betas": (beta, 0.95), "eps": 1e-10, "weight_decay": 0.0}
     for _ in range(steps):
         grad = bend @ p
@@ -591,7 +604,7 @@ def check_ravine(page, kappa: int, steps: int, rates: dict, turn: int = 0) -> No
     assert list(shown) == list(RATES)
     for method, walk in shown.items():
         assert [walk["rate"], walk["beta"]] == pytest.approx(rates[method], rel=1e-12)
-        path = descend(method, walk["rate"], walk["beta"], kappa, steps, turn)
+        path = descend(walk, method, kappa, steps, turn)
         seen = torch.tensor(walk["path"], dtype=torch.float64)
         torch.testing.assert_close(seen, path, rtol=1e-6, atol=1e-9)
         loss = (path.square() * torch.tensor([1.0, kappa])).sum(1) / 2
@@ -664,16 +677,31 @@ def test_ravine_widget_by_keyboard(page):
     assert lines.count() == 3
 
 
-def packing_says(lengths: list, T: int, most: int, places: int) -> list:
-    "What ribbon and best fit make of documents of these lengths."
+def ribbon_says(lengths: list, T: int, most: int) -> dict:
+    "What is in the rows that are cut from all documents laid end to end."
     owner = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
     start = {sum(lengths[:i]) for i in range(len(lengths))}
     cut = [owner[at : at + T + 1] for at in range(0, len(owner) - T, T)][:most]
-    parts = lambda ids: [*zip(*(x.tolist() for x in ids.unique(return_counts=True)))]
-    ribbon = [[[i, n, 0] for i, n in parts(ids)] for ids in cut]
+
+    rows = []
+    for ids in cut:
+        documents, counts = ids.unique(return_counts=True)
+        parts = zip(documents.tolist(), counts.tolist())
+        rows.append([[i, n, 0] for i, n in parts])
     inside = sum(r * T not in start for r in range(len(cut)))
-    queue, waiting, rows, cropped = [*enumerate(lengths)], [], [], 0
-    size = lambda: sum(len(ids) for _, ids in waiting)
+    return {"rows": rows, "inside": inside}
+
+
+def best_fit_says(lengths: list, T: int, most: int, places: int) -> dict:
+    "What is in the rows that whole documents fill, and what is cropped."
+    queue = [*enumerate(lengths)]
+    waiting = []
+    rows = []
+    cropped = 0
+
+    def size():
+        return sum(len(ids) for _, ids in waiting)
+
     while len(rows) < most:
         while queue and (len(waiting) < places or size() < T + 1):
             i, n = queue.pop(0)
@@ -686,8 +714,13 @@ def packing_says(lengths: list, T: int, most: int, places: int) -> list:
         used = {i: ids.count(i) for i in order}
         rows.append([[i, used[i], lost and lengths[i] - used[i]] for i in order])
     share = cropped / max(1, cropped + len(rows) * (T + 1))
-    fit = {"rows": rows, "cropped": cropped, "share": share}
-    return [{"rows": ribbon, "inside": inside}, fit]
+    return {"rows": rows, "cropped": cropped, "share": share}
+
+
+def packing_says(lengths: list, T: int, most: int, places: int) -> list:
+    "What ribbon and best fit make of documents of these lengths."
+    ribbon = ribbon_says(lengths, T, most)
+    return [ribbon, best_fit_says(lengths, T, most, places)]
 
 
 def test_packing_widget_packs_as_the_loader_does(page):

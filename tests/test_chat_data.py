@@ -50,14 +50,16 @@ def pieces(rows, bos: int) -> list[tuple[list[int], list[int]]]:
 )
 def test_every_conversation_is_whole_once_or_counted(tokenizer, sizes, streams):
     chats = [talk(i, *size) for i, size in enumerate(sizes)]
-    T, bos = 64, tokenizer.get_bos_token_id()
+    T = 64
+    bos = tokenizer.get_bos_token_id()
     end = tokenizer.encode_special("<|assistant_end|>")
     whole = {tuple(r[0]): r for r in map(tokenizer.render_conversation, chats)}
     for stream in range(streams):
         source = row_stream(
             tokenizer, chats, stream, streams, (2, T), cursor=None, everything=False
         )
-        seen, cursor = Counter(), {"epoch": 0}
+        seen = Counter()
+        cursor = {"epoch": 0}
         while cursor["epoch"] < 2:
             rows, cursor = next(source)
             for ids, mask in pieces(rows, bos):

@@ -37,7 +37,10 @@ class Faults:
     "Count the calls by which a save changes the disk; the chosen one fails or kills."
 
     def __init__(self, monkeypatch, at: int, fail):
-        self.count, self.at, self.fail, self.names = 0, at, fail, []
+        self.count = 0
+        self.at = at
+        self.fail = fail
+        self.names = []
         for owner, name in [
             (os, "replace"),
             (os, "fsync"),
@@ -121,7 +124,8 @@ def trained():
 
 
 def write(folder: Path, step: int, trained, keep: int = 2) -> None:
-    cursors, meta = {"0": {"left": [step]}}, {"results": {}}
+    cursors = {"0": {"left": [step]}}
+    meta = {"results": {}}
     checkpoint.save(folder, step, *trained, cursors, meta=meta, keep=keep)
 
 
@@ -347,7 +351,8 @@ def test_a_save_takes_less_than_a_step(tmp_path):
     model.init_weights(0)
     optimizer = setup_optimizer(model)
     ids = torch.randint(2048, (16, 257), generator=torch.Generator().manual_seed(0))
-    step, save = [], []
+    step = []
+    save = []
     for i in range(3):
         begun = time.perf_counter()
         accumulate(model, [Batch(ids[:, :-1], ids[:, 1:].clone())])

@@ -32,9 +32,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes], script: dict[str, list]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.script, self.asked = files, script, []
+        self.files = files
+        self.script = script
+        self.asked = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.now, self.most, self.lock = 0, 0, threading.Lock()
+        self.now = 0
+        self.most = 0
+        self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def ranges(self, name: str) -> list[str | None]:
@@ -54,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        site, name = self.server, self.path.strip("/")
+        site = self.server
+        name = self.path.strip("/")
         with site.lock:
             site.asked.append((name, self.headers["Range"]))
             site.now += 1
@@ -78,7 +83,8 @@ class Handler(BaseHTTPRequestHandler):
             begin = int(asked.removeprefix("bytes=").rstrip("-"))
             if begin >= len(body):
                 return self.reply(416)
-        rest, status = body[begin:], 206 if begin else 200
+        rest = body[begin:]
+        status = 206 if begin else 200
         if trick in ("cut", "stall"):
             self.reply(status, rest[: len(rest) // 2], len(rest), **extra)
             time.sleep(6 if trick == "stall" else 0)
@@ -140,7 +146,8 @@ HALF = "bytes=150000-"
     ],
 )
 def test_whole_after_trouble(serve, tmp_path, script, ranges):
-    server, begin = serve(list(script)), time.monotonic()
+    server = serve(list(script))
+    begin = time.monotonic()
     assert get(tmp_path, server).read_bytes() == BODY
     assert time.monotonic() - begin < 5  # not as long as the server stalls
     assert server.ranges("x") == ranges
@@ -345,7 +352,8 @@ def test_a_killed_process_leaves_no_lock_and_its_bytes_are_used(serve, tmp_path)
 
 
 def test_many_threads_and_a_lock_that_is_deleted_under_them(tmp_path):
-    inside, most = [], []
+    inside = []
+    most = []
 
     def work(number: int) -> None:
         with locked(tmp_path / "lock"):

@@ -117,7 +117,7 @@ def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     assert code == 0 and all(name in said for name in COMMANDS)
 
 
-@pytest.mark.parametrize("device, why", [("mps", "no such Mac"), ("cuda", "no GPU")])
+@pytest.mark.parametrize("device, why", [("mps", "Apple silicon"), ("cuda", "no GPU")])
 def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     argv = ["base_train", "--preset=cpu", f"--device={device}"]
     code, said = in_a_fork(argv, {}, tmp_path)

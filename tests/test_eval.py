@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from memory import peak_bytes
 
-from nanochat import chat_eval, core_eval, report
+from nanochat import chat_eval, core_eval, execution, report
 from nanochat.base_eval import BaseEvalConfig
 from nanochat.chat_eval import (
     ChatEvalConfig,
@@ -83,16 +83,23 @@ def test_bpb_by_hand_with_masked_and_special_targets():
     sizes = torch.tensor([3, 1, 0])  # two text tokens and a special one
     nats = torch.tensor([[2.0, 0.5, 7.0, 11.0]])
     targets = torch.tensor([[0, 1, 2, -1]])
-    model = lambda inputs, targets, loss_reduction: nats
+
+    def model(inputs, targets, loss_reduction):
+        return nats
+
     bits = evaluate_bpb(model, iter([Batch(targets, targets)]), 1, sizes)
     assert bits == pytest.approx(2.5 / math.log(2) / 4)
     nothing = Batch(targets[:, 2:], targets[:, 2:])
-    model = lambda inputs, targets, loss_reduction: nats[:, 2:]
+
+    def model(inputs, targets, loss_reduction):
+        return nats[:, 2:]
+
     assert evaluate_bpb(model, iter([nothing]), 1, sizes) == math.inf
 
 
 def test_bpb_weights_tokens_not_batches():
-    sizes, generator = TOKENIZER.token_bytes(), torch.Generator().manual_seed(1)
+    sizes = TOKENIZER.token_bytes()
+    generator = torch.Generator().manual_seed(1)
     model = tiny_model()
     ids = torch.randint(256, (6, 17), generator=generator)
     whole = [Batch(ids[:, :-1], ids[:, 1:])]
@@ -117,7 +124,8 @@ def test_bigram_is_what_counting_gives():
 
 
 def test_bigram_beats_unigram_on_text_and_never_sees_validation():
-    train, val = ["the cat sat on the mat. " * 20] * 9, ["the cat sat on the rat. "]
+    train = ["the cat sat on the mat. " * 20] * 9
+    val = ["the cat sat on the rat. "]
     bits = bigram_bpb(TOKENIZER, train, val)
     assert 0 < bits < 3
     ids = torch.tensor(TOKENIZER.encode(train[0]))
@@ -198,56 +206,60 @@ def core_tasks():
 
 def slowly(model, text, scored):
     "Mean nats of the last `scored` bytes of a text, one token at a time."
-    ids, total, exact = TOKENIZER.encode(text, prepend="<|bos|>"), 0.0, True
+    ids = TOKENIZER.encode(text, prepend="<|bos|>")
+    total = 0.0
+    exact = True
     for i in range(len(ids) - scored, len(ids)):
         row = model(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)
-        total, exact = total - row[ids[i]].item(), exact and row.argmax() == ids[i]
+        total -= row[ids[i]].item()
+        exact = exact and row.argmax() == ids[i]
     return total / scored, bool(exact)
 
 
 def shared_start(texts):
     "Length of the longest common beginning."
-    return next(n for n in range(999, -1, -1) if len({t[:n] for t in texts}) == 1)
+    for n in range(min(map(len, texts)), 0, -1):
+        if len({text[:n] for text in texts}) == 1:
+            return n
+    return 0
+
+
+def solved(task, item: dict) -> str:
+    "An item of CORE with its answer."
+    if task.kind == "multiple_choice":
+        return item["query"] + task.delimiter + item["choices"][item["gold"]]
+    if task.kind == "schema":
+        return item["context_options"][1] + task.delimiter + item["continuation"]
+    return item["context"].strip() + task.delimiter + item["continuation"]
+
+
+def scored(task, item: dict) -> list[tuple[str, int]]:
+    "Each text to score, with the length of its end that counts."
+    rest = item.get("continuation", "")
+    if task.kind == "multiple_choice":  # "a longer one" and "ab" share their "a"
+        common = shared_start(item["choices"])
+        begin = item["query"] + task.delimiter
+        return [(begin + choice, len(choice) - common) for choice in item["choices"]]
+    if task.kind == "schema":
+        ends = [c + task.delimiter + rest for c in item["context_options"]]
+        same = shared_start([end[::-1] for end in ends])
+        return [(end, same) for end in ends]
+    text = item["context"].strip() + task.delimiter + rest
+    return [(text, len(task.delimiter + rest))]
 
 
 @torch.no_grad()
 def by_hand(model, task):
+    "Grade every item, one token at a time."
     order = list(range(len(task.items)))
     core_eval.random.Random(1337).shuffle(order)
     right = []
     for i in order:
         others = [j for j in range(len(task.items)) if j != i]
         shown = core_eval.random.Random(1234 + i).sample(others, task.num_fewshot)
-        item, solved = task.items[i], ""
-        for j in shown:
-            x = task.items[j]
-            if task.kind == "multiple_choice":
-                solved += x["query"] + task.delimiter + x["choices"][x["gold"]]
-            elif task.kind == "schema":
-                solved += x["context_options"][1] + task.delimiter + x["continuation"]
-            else:
-                solved += x["context"].strip() + task.delimiter + x["continuation"]
-            solved += "\n\n"
-        if task.kind == "multiple_choice":  # "a longer one" and "ab" share their "a"
-            common = shared_start(item["choices"])
-            scores = [
-                slowly(
-                    model, solved + item["query"] + task.delimiter + c, len(c) - common
-                )
-                for c in item["choices"]
-            ]
-        elif task.kind == "schema":
-            ends = [
-                c + task.delimiter + item["continuation"]
-                for c in item["context_options"]
-            ]
-            same = shared_start([e[::-1] for e in ends])
-            scores = [slowly(model, solved + e, same) for e in ends]
-        else:
-            text = (
-                solved + item["context"].strip() + task.delimiter + item["continuation"]
-            )
-            scores = [slowly(model, text, len(task.delimiter + item["continuation"]))]
+        item = task.items[i]
+        before = "".join(solved(task, task.items[j]) + "\n\n" for j in shown)
+        scores = [slowly(model, before + text, n) for text, n in scored(task, item)]
         nats = [s[0] for s in scores]
         exact = task.kind == "language_modeling"
         right.append(scores[0][1] if exact else nats.index(min(nats)) == item["gold"])
@@ -257,7 +269,8 @@ def by_hand(model, task):
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("seed", range(3))
 def test_core_equals_brute_force(which, seed):
-    model, task = tiny_model(seed), core_tasks()[which]
+    model = tiny_model(seed)
+    task = core_tasks()[which]
     assert evaluate_task(model, TOKENIZER, task) == by_hand(model, task)
 
 
@@ -276,7 +289,9 @@ class Fluent:
     def __init__(self, text, sequence_len=128):
         self.ids = TOKENIZER.encode(text)
         self.config = GPTConfig(sequence_len=sequence_len)
-        self.get_device = lambda: torch.device("cpu")
+
+    def get_device(self):
+        return torch.device("cpu")
 
     def hidden(self, idx):
         return idx
@@ -486,7 +501,8 @@ class Letters(ChoiceTask):
 
     def __init__(self):
         Task.__init__(self)
-        self.rows, self.order = [{"q": "x" * (3 * i + 1)} for i in range(9)], range(9)
+        self.rows = [{"q": "x" * (3 * i + 1)} for i in range(9)]
+        self.order = range(9)
 
     def parse(self, row):
         return row["q"], ["A", "B", "C"], ["one", "two", "three"], "B"
@@ -496,9 +512,13 @@ def test_exams_make_logits_for_the_wanted_positions_only():
     rows = 20_000  # of the head, nearly all of them padding
     model = GPT(GPTConfig(128, V, 1, 2, 1, 32, pad_vocab_to=rows))
     model.init_weights(0)
-    task, row = Letters(), 4 * rows  # bytes of the logits of one position
+    task = Letters()
+    row = 4 * rows  # bytes of the logits of one position
     task.rows = [{"q": "x" * 300}] * 9  # prompts that fill the context
-    grade = lambda: grade_categorical(task, range(9), TOKENIZER, model)
+
+    def grade():
+        return grade_categorical(task, range(9), TOKENIZER, model)
+
     assert peak_bytes(grade) < 2 * 9 * row + 2**22
     spans = [Span([5] * 128, 125, 128)] * 9
     assert peak_bytes(lambda: score_spans(model, spans)) < 5 * 9 * 3 * row + 2**22
@@ -536,8 +556,7 @@ class Scripted:
 
     def generate_many(self, prompts, max_tokens, temperature, top_k, seed, num_samples):
         text = TOKENIZER.encode(self.reply)
-        row = lambda p: types_row(p, text)
-        return [row(p) for p in prompts for _ in range(num_samples)]
+        return [types_row(p, text) for p in prompts for _ in range(num_samples)]
 
 
 def types_row(prompt, text):
@@ -626,7 +645,7 @@ def test_counts_that_examine_nothing_are_refused(
 
 
 def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
-    monkeypatch.setattr(chat_eval, "room_problem", lambda: "no room")
+    monkeypatch.setattr(execution, "room_problem", lambda: "no room")
     with pytest.raises(UserError, match="no room"):
         chat_eval.open_tasks(ChatEvalConfig(tasks="Arithmetic|HumanEval"))
     names = list(chat_eval.open_tasks(ChatEvalConfig()))
@@ -634,7 +653,7 @@ def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
     assert capsys.readouterr().out == "skipping HumanEval: no room\n"
     unsafe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval", unsafe_code=True))
     assert unsafe["HumanEval"].unsafe
-    monkeypatch.setattr(chat_eval, "room_problem", lambda: "")
+    monkeypatch.setattr(execution, "room_problem", lambda: "")
     safe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval"))
     assert not safe["HumanEval"].unsafe
 

@@ -139,7 +139,8 @@ def test_a_transformers_generates_the_same(folder):
     prompt.append(tokenizer.encode_special("<|assistant_start|>"))
     for ids in ([5], prompt, *([bos] for bos in range(40, 60))):
         out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)
-        out, naive = out[0, len(ids) :].tolist(), []
+        out = out[0, len(ids) :].tolist()
+        naive = []
         for token in ours.generate(ids, 40, temperature=0):
             naive.append(token)
             if token in ends:
@@ -150,7 +151,8 @@ def test_a_transformers_generates_the_same(folder):
 
 
 def test_a_transformers_tokenizes_the_same(folder):
-    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = tiny_tokenizer()
     texts = [*TEXT, "  two  spaces\n\n\n12345 l'été I'LL \t x", "日本 naïve ½", ""]
     texts += [
         "\r\n \u00a0\u3000\u2028 'ſ 'S",
@@ -165,7 +167,8 @@ def test_a_transformers_tokenizes_the_same(folder):
 
 @pytest.mark.parametrize("length", range(2, len(CONVERSATION) + 1))
 def test_a_chat_template_gives_the_same_ids(folder, length):
-    theirs, ours = AutoTokenizer.from_pretrained(folder), tiny_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = tiny_tokenizer()
     messages = CONVERSATION[:length]
     expected, _ = ours.render_conversation({"messages": messages})
     found = theirs.apply_chat_template(messages, return_dict=False)
@@ -202,7 +205,7 @@ def test_merges_rebuild_the_vocabulary():
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    with pytest.raises(UserError, match="belong together"):
+    with pytest.raises(UserError, match="use the tokenizer of the model"):
         export_hf(tiny_model(vocab_size=400), tiny_tokenizer(), tmp_path)
 
 
@@ -210,7 +213,7 @@ def test_a_only_an_earlier_export_is_replaced(folder, tmp_path):
     "Somebody's files, one of them called config.json, stay as they are."
     for name, text in {"config.json": "{}", "thesis.txt": "mine"}.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match="name a new folder"):
+        with pytest.raises(UserError, match="use a new folder"):
             export_hf(random_model(), tiny_tokenizer(), tmp_path)
         assert (tmp_path / name).read_text() == text
         assert len(list(tmp_path.iterdir())) == 1
@@ -334,7 +337,7 @@ def test_b_merges_are_read_in_both_spellings(copy):
     assert AutoTokenizer.from_pretrained(copy).encode(TEXT[0]) == ours.encode(TEXT[0])
     for odd in ("ab", "a b c", ["a"], 3, None):
         record["model"]["merges"] = [odd, *pairs]
-        with pytest.raises(UserError, match="tokenizer of our kind"):
+        with pytest.raises(UserError, match="not a nanochat tokenizer"):
             tokenizer_from_hf(record, Path("tokenizer.json"))
 
 
@@ -369,9 +372,9 @@ def spoilt_tokenizers():
     )
     yield "options", lambda r: r["model"].update(dropout=0.1)
     yield "options", lambda r: r["model"].update(ignore_merges=True)
-    yield "our kind", lambda r: r["added_tokens"].pop()
-    yield "our kind", lambda r: r.update(model={"type": "Unigram"})
-    yield "our kind", lambda r: r.update(pre_tokenizer=None)
+    yield "not a nanochat tokenizer", lambda r: r["added_tokens"].pop()
+    yield "not a nanochat tokenizer", lambda r: r.update(model={"type": "Unigram"})
+    yield "not a nanochat tokenizer", lambda r: r.update(pre_tokenizer=None)
 
 
 @pytest.mark.parametrize("message, spoil", list(spoilt_tokenizers()))
@@ -450,7 +453,9 @@ LATE = ("resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_la
 
 def july_weights(c: dict) -> dict[str, torch.Tensor]:
     "Random values under nanochat's names; the tables have 320 rows for 309 tokens."
-    C, L, rows = c["n_embd"], c["n_layer"], -(-c["vocab_size"] // 64) * 64
+    C = c["n_embd"]
+    L = c["n_layer"]
+    rows = -(-c["vocab_size"] // 64) * 64
     kv = C // c["n_head"] * c["n_kv_head"]
     shapes = {"transformer.wte.weight": (rows, C), "lm_head.weight": (rows, C)}
     shapes |= {"resid_lambdas": (L,), "x0_lambdas": (L,), "backout_lambda": (1,)}
@@ -480,8 +485,10 @@ def plain_norm(x: torch.Tensor) -> torch.Tensor:
 
 def july_attention(w: dict, c: dict, i: int, x, ids) -> torch.Tensor:
     "Layer `i` of one row: (T, C) to (T, C), one query after the other."
-    D, L = c["n_embd"] // c["n_head"], c["n_layer"]
-    h, r = f"transformer.h.{i}.attn", plain_norm(x)
+    D = c["n_embd"] // c["n_head"]
+    L = c["n_layer"]
+    h = f"transformer.h.{i}.attn"
+    r = plain_norm(x)
     q, k, v = ((r @ w[f"{h}.c_{m}.weight"].T).unflatten(-1, (-1, D)) for m in "qkv")
     if i % 2 == (L - 1) % 2:
         gate = 3 * (r[:, :12] @ w[f"{h}.ve_gate.weight"].T).sigmoid()
@@ -512,7 +519,8 @@ def july_logits(w: dict, c: dict, ids: torch.Tensor) -> torch.Tensor:
     for t in range(1, len(ids)):
         share = (w["smear_gate.weight"][0] @ e[t, :24]).sigmoid()
         x[t] += w["smear_lambda"][0] * share * e[t - 1]
-    start, after = x, []
+    start = x
+    after = []
     for i in range(c["n_layer"]):
         x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * start
         x = x + july_attention(w, c, i, x, ids)
@@ -527,7 +535,8 @@ def july_logits(w: dict, c: dict, ids: torch.Tensor) -> torch.Tensor:
 
 def write_july(folder: Path, config: dict, weights: dict) -> Path:
     "Lay a checkpoint out as nanochat does, the tokenizer apart; return its folder."
-    here, home = folder / "base_checkpoints" / "d5", folder / "tokenizer"
+    here = folder / "base_checkpoints" / "d5"
+    home = folder / "tokenizer"
     for place in (here, home):
         place.mkdir(parents=True)
     torch.save(weights, here / "model_000650.pt")
@@ -669,7 +678,8 @@ def test_c_only_numbered_steps_are_steps(tmp_path):
 
 @pytest.mark.parametrize("victim", ["model_000650.pt", "tokenizer.pkl"])
 def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
-    folder, mark = nanochat_folder(tmp_path / "in", random_model()), tmp_path / "ran"
+    folder = nanochat_folder(tmp_path / "in", random_model())
+    mark = tmp_path / "ran"
     if victim == "tokenizer.pkl":
         (folder / victim).write_bytes(pickle.dumps(Attack(mark)))
     else:
@@ -688,7 +698,7 @@ def test_c_a_pickle_that_would_run_code_does_not(tmp_path, victim):
 def test_c_what_is_no_weights_is_refused(tmp_path, content):
     folder = nanochat_folder(tmp_path, random_model())
     (folder / "model_000650.pt").write_bytes(content)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="does not hold weights"):
         load_foreign(folder)
 
 
@@ -779,7 +789,7 @@ def test_e_another_tokenizer_is_kept(home, folder):
     model, tokenizer = load_foreign(folder)
     other = type(tokenizer)(tokenizer.ranks[:300])
     other.save(home / "tokenizer")
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         adopt(model, tokenizer)
     assert not (home / "sft_checkpoints").exists()
     path = adopt(model, tokenizer, overwrite=True)
@@ -787,7 +797,7 @@ def test_e_another_tokenizer_is_kept(home, folder):
     loaded, tokenizer, meta = load_model("sft", torch.device("cpu"))
     check_same_logits(loaded, model, atol=0)
     assert tokenizer.get_vocab_size() == 320 and meta["stage"] == "import"
-    with pytest.raises(UserError, match="holds a checkpoint"):
+    with pytest.raises(UserError, match="has a checkpoint"):
         adopt(model, tokenizer)
     assert adopt(model, tokenizer, "rl", "mine").parent.name == "mine"
 
@@ -815,7 +825,7 @@ def test_e_overwriting_removes_only_checkpoints(home, folder):
     [
         ("absent", "neither"),
         ("empty", "neither"),
-        ("damaged", "not readable"),
+        ("damaged", "cannot be read"),
         ("without tokenizer", "tokenizer.json"),
         ("without config", "config.json"),
         ("", "--folder"),

@@ -74,7 +74,8 @@ def test_cross_entropy_runs_in_float32(dtype):
 
 
 def test_cross_entropy_keeps_shape():
-    z, y = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    z = torch.randn(2, 3, 5)
+    y = torch.zeros(2, 3, dtype=torch.int64)
     assert cross_entropy(z, y, "none").shape == (2, 3)
     torch.testing.assert_close(cross_entropy(z, y, "none").mean(), cross_entropy(z, y))
     # A transposed view (no single stride over the rows) must work as well.

@@ -38,7 +38,8 @@ def tiny(tmp_path_factory):
 
 def broken(names: str, tmp_path, *more: str):
     "Run sections of tests/gpu_broken.py; return exit code, what was said, the record."
-    file, extra = tmp_path / "broken.json", ROOT / "tests" / "gpu_broken.py"
+    file = tmp_path / "broken.json"
+    extra = ROOT / "tests" / "gpu_broken.py"
     arguments = ["--tiny", "--only", names, "--record", str(file), *more]
     done = gpu(*arguments, GPU_EXTRA_SECTIONS=str(extra))
     assert "Traceback" not in done.stderr

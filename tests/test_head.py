@@ -64,7 +64,8 @@ def test_any_chunk_size_gives_the_same(
 ):
     x, weight, targets = inputs(rows, 8, vocab + padding, seed, torch.float64)
     targets = targets.clamp(max=vocab - 1)
-    kept, rows_kept = head.CHUNK["cpu"], head.MIN_ROWS
+    kept = head.CHUNK["cpu"]
+    rows_kept = head.MIN_ROWS
     head.CHUNK["cpu"], head.MIN_ROWS = chunk, 1
     try:
         args = (x, weight, targets, cap, reduction)
@@ -82,7 +83,10 @@ def test_any_chunk_size_gives_the_same(
 def test_gradients_by_finite_differences():
     x, weight, targets = inputs(5, 4, 7, dtype=torch.float64)
     for reduction in ("mean", "sum", "none"):
-        f = lambda x, w, how=reduction: linear_cross_entropy(x, w, targets, 3.0, how)
+
+        def f(x, w, how=reduction):
+            return linear_cross_entropy(x, w, targets, 3.0, how)
+
         torch.autograd.gradcheck(f, (x.requires_grad_(), weight.requires_grad_()))
 
 

@@ -73,10 +73,10 @@ def read(folder, start, step, epoch, epochs=1):
     )
 
 
-def rank_batches(folder, rank, world, streams, shape, cursors=None, **options):
+def rank_batches(folder, rank, world, streams, shape, **options):
     "What `batches` yields on one of several ranks."
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # read at the first next
-    options |= {"num_streams": streams, "cursors": cursors, "data": str(folder)}
+    options |= {"num_streams": streams, "data": str(folder)}
     source = batches(Words(), "train", *shape, CPU, **options)
     while True:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
@@ -182,7 +182,9 @@ def test_best_fit_uses_every_document_that_it_read(world, data):
                 int(t.split("*")[0]) for p, t in at.items() if p <= until
             )
             waits = Counter(int(at[tuple(p)].split("*")[0]) for p in cursor["waiting"])
-            used, cropped, unseen = Counter(), 0, 0
+            used = Counter()
+            cropped = 0
+            unseen = 0
             for batch in got:
                 for x, y in zip(batch.inputs.tolist(), batch.targets.tolist()):
                     *inner, last = pieces([x[0], *y])
@@ -202,20 +204,23 @@ def test_best_fit_uses_every_document_that_it_read(world, data):
 @given(st.data(), st.integers(0, 12), st.booleans(), st.integers(0, 7))
 def test_a_cursor_continues_exactly(world, data, stop, best_fit, rank):
     _, streams, lengths, sizes, rows = data.draw(corpora(world))
-    rank, shape = rank % world, (rows, 12)
+    rank = rank % world
+    shape = (rows, 12)
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ),
         patch("nanochat.dataloader.packed_stream.__kwdefaults__", FEW_PLACES),
     ):
         write_corpus(Path(folder), lengths, sizes)
-        turns, options = streams // world, {"best_fit": best_fit}
+        turns = streams // world
+        options = {"best_fit": best_fit}
         whole = rank_batches(folder, rank, world, streams, shape, **options)
         cursors = {}
         for batch in islice(whole, stop * turns):
             cursors[str(batch.stream)] = batch.cursor
         cursors = json.loads(json.dumps(cursors))
-        again = rank_batches(folder, rank, world, streams, shape, cursors, **options)
+        options["cursors"] = cursors
+        again = rank_batches(folder, rank, world, streams, shape, **options)
         for _ in range(12 * turns):
             expected, got = next(whole), next(again)
             assert torch.equal(got.inputs, expected.inputs)
@@ -251,7 +256,10 @@ def test_loader_is_20_times_faster_than_the_d4_model(tokenizer, best_fit):
     batch = next(source)
     model = GPT(model_config(4, tokenizer.get_vocab_size(), T))
     model.init_weights(0)
-    step = lambda: model(batch.inputs, batch.targets).backward()
+
+    def step():
+        return model(batch.inputs, batch.targets).backward()
+
     step()
     eaten = speed(step, B * T)
     made = speed(lambda: [next(source) for _ in range(50)], 50 * B * T)
@@ -278,7 +286,8 @@ def test_a_copy_to_a_gpu_is_pinned_ordered_and_kept(monkeypatch):
     The pinned buffer needs no care of ours: torch's allocator of pinned memory notes the
     queue of a copy that does not block, and gives the buffer away after it.
     """
-    told, now = [], ["compute"]
+    told = []
+    now = ["compute"]
 
     class Queue:
         def __init__(self, name):

@@ -61,7 +61,8 @@ HEADS = [(4, 4), (4, 2), (4, 1), (1, 1)]
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_token_by_token_equals_at_once(heads):
-    model, ids = random_model(*heads), random_ids(2)
+    model = random_model(*heads)
+    ids = random_ids(2)
     with torch.inference_mode():
         whole = model(ids)
     torch.testing.assert_close(in_chunks(model, ids, [1] * T), whole)
@@ -72,7 +73,8 @@ def test_token_by_token_equals_at_once(heads):
 def test_any_chunks_equal_at_once(sizes, heads):
     while sum(sizes) > T:
         sizes = sizes[:-1] or [T]
-    model, ids = random_model(*heads), random_ids(2, sum(sizes))
+    model = random_model(*heads)
+    ids = random_ids(2, sum(sizes))
     with torch.inference_mode():
         whole = model(ids)
     torch.testing.assert_close(in_chunks(model, ids, sizes), whole)
@@ -82,7 +84,8 @@ def test_any_chunks_equal_at_once(sizes, heads):
 def test_shared_heads_equal_repeated_ones(heads):
     few = random_model(*heads)
     many = random_model(heads[0], heads[0])
-    weights, repeat = few.state_dict(), heads[0] // heads[1]
+    weights = few.state_dict()
+    repeat = heads[0] // heads[1]
     for name, w in weights.items():
         if name.endswith(("c_k.weight", "c_v.weight")):
             per_head = w.view(heads[1], 8, -1).repeat_interleave(repeat, dim=0)
@@ -98,7 +101,8 @@ def test_shared_heads_equal_repeated_ones(heads):
     heads=st.sampled_from(HEADS),
 )
 def test_ragged_rows_equal_one_by_one(lengths, steps, heads):
-    model, ids = random_model(*heads), random_ids(len(lengths))
+    model = random_model(*heads)
+    ids = random_ids(len(lengths))
     cache = cache_for(model, len(lengths))
     with torch.inference_mode():
         model(ids[:, : max(lengths)], kv_cache=cache)
@@ -115,7 +119,8 @@ def test_ragged_rows_equal_one_by_one(lengths, steps, heads):
 
 
 def test_rows_of_a_batch_do_not_touch():
-    model, ids = random_model(), random_ids(5)
+    model = random_model()
+    ids = random_ids(5)
     together = model(ids)
     for r in range(5):
         torch.testing.assert_close(together[r], model(ids[r : r + 1])[0])
@@ -124,7 +129,8 @@ def test_rows_of_a_batch_do_not_touch():
 
 
 def test_a_later_token_changes_nothing_before_it():
-    model, ids = random_model(), random_ids(1)
+    model = random_model()
+    ids = random_ids(1)
     before = model(ids)
     for t in (1, 10, T - 1):
         changed = ids.clone()
@@ -172,7 +178,8 @@ def test_naive_generation_is_deterministic():
 
 
 def test_prefix_copied_to_every_row():
-    model, ids = random_model(), random_ids(1, 6)
+    model = random_model()
+    ids = random_ids(1, 6)
     one, three = cache_for(model, 1), cache_for(model, 3)
     with torch.inference_mode():
         model(ids, kv_cache=one)
@@ -217,7 +224,8 @@ def same_digits(value: float, printed: str) -> bool:
 def test_published_sizes(size):
     depth, parameters, flops, tokens, steps, run = size
     config = published(depth)
-    total, work = parameter_counts(config)["total"], flops_per_token(config)
+    total = parameter_counts(config)["total"]
+    work = flops_per_token(config)
     assert same_digits(total, parameters)
     assert same_digits(work, flops)
     assert same_digits(20 * total, tokens)
@@ -269,7 +277,8 @@ def test_depth_20_to_the_digit():
 def test_flops_agree_with_a_counter(kv_heads):
     config = GPTConfig(256, 2048, 3, 4, kv_heads, 256)
     with torch.device("meta"):
-        model, ids = GPT(config), torch.zeros(2, 256, dtype=torch.int64)
+        model = GPT(config)
+        ids = torch.zeros(2, 256, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     counted = counter.get_total_flops() / ids.numel()
@@ -387,7 +396,7 @@ def test_ids_that_the_model_lacks_are_named(ids, targets, message):
     with pytest.raises(ValueError) as caught:
         random_model()(torch.tensor(ids), targets)
     assert message in str(caught.value)
-    assert "made with its tokenizer?" in str(caught.value)
+    assert "with the model's own tokenizer" in str(caught.value)
 
 
 def test_ids_at_the_edge_are_fine():
@@ -460,8 +469,10 @@ def model_with(
 
 def slow_twin(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     "Logits with every option, masks and softmax written out, one row, no cache."
-    c, w = model.config, dict(model.named_parameters())
-    n, D = ids.size(1), c.n_embd // c.n_head
+    c = model.config
+    w = dict(model.named_parameters())
+    n = ids.size(1)
+    D = c.n_embd // c.n_head
     angle = torch.outer(
         torch.arange(n), 1 / c.rope_base ** (torch.arange(0, D, 2) / D)
     )[:, None]
@@ -471,7 +482,8 @@ def slow_twin(model: GPT, ids: torch.Tensor) -> torch.Tensor:
         share = (x[..., : c.smear_inputs] @ w["smear_gate.weight"][0]).sigmoid()
         share = (w["smear_lambda"] * share)[:, 1:, None]
         x = torch.cat([x[:, :1], x[:, 1:] + share * x[:, :-1]], 1)
-    start, after = x, []
+    start = x
+    after = []
     for i in range(c.n_layer):
         if c.stream_scalars:
             x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * start
@@ -512,13 +524,15 @@ WINDOWS = [
 @pytest.mark.parametrize("fields", [*EACH, *WINDOWS, {"softcap": 0.0}])
 @torch.inference_mode()
 def test_every_option_equals_the_slow_twin(fields):
-    model, ids = model_with(fields), random_ids(2)
+    model = model_with(fields)
+    ids = random_ids(2)
     torch.testing.assert_close(model(ids), slow_twin(model, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [*EACH, *WINDOWS])
 def test_options_token_by_token(fields):
-    model, ids = model_with(fields), random_ids(2)
+    model = model_with(fields)
+    ids = random_ids(2)
     with torch.inference_mode():
         whole = model(ids)
     steps = in_chunks(model, ids, [1] * T)
@@ -527,7 +541,8 @@ def test_options_token_by_token(fields):
 
 @torch.inference_mode()
 def test_smear_finds_the_token_before_in_a_copied_and_in_a_grown_cache():
-    model, ids = model_with({"smear": True, "backout": True}), random_ids(1)
+    model = model_with({"smear": True, "backout": True})
+    ids = random_ids(1)
     whole = model(ids)
     one = KVCache(1, 2, 4, 8, 4, grow=True)
     parts = [model(ids[:, :3], kv_cache=one), model(ids[:, 3:6], kv_cache=one)]
@@ -554,7 +569,8 @@ def test_options_in_any_chunks(sizes, heads, pattern, window):
     while sum(sizes) > T:
         sizes = sizes[:-1] or [T]
     fields = OPTIONS | {"window_pattern": pattern, "short_window": window}
-    model, ids = model_with(fields, *heads), random_ids(2, sum(sizes))
+    model = model_with(fields, *heads)
+    ids = random_ids(2, sum(sizes))
     with torch.inference_mode():
         whole = model(ids)
     parts = in_chunks(model, ids, sizes)
@@ -579,7 +595,8 @@ def test_no_derivative_by_a_later_token(fields):
 @pytest.mark.parametrize("fields", EACH)
 @torch.inference_mode()
 def test_rows_and_padding_do_not_touch_with_options(fields):
-    model, ids = model_with(fields), random_ids(4)
+    model = model_with(fields)
+    ids = random_ids(4)
     together = model(ids)
     for r in range(4):
         alone = model(ids[r : r + 1])[0]
@@ -597,9 +614,11 @@ def test_rows_and_padding_do_not_touch_with_options(fields):
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_decode_and_prefill_flops_are_the_counters(fields, kv_heads):
     config = GPTConfig(T, V, 3, 4, kv_heads, 32, **fields)
-    length, total = T if fields in (OPTIONS, WINDOWS[2]) else 8, 0
+    length = T if fields in (OPTIONS, WINDOWS[2]) else 8
+    total = 0
     with torch.device("meta"):
-        model, token = GPT(config), torch.zeros(1, 1, dtype=torch.int64)
+        model = GPT(config)
+        token = torch.zeros(1, 1, dtype=torch.int64)
         cache = KVCache(1, kv_heads, T, 8, 3, device="meta")
         for context in range(1, length + 1):
             with FlopCounterMode(display=False) as counter:
@@ -614,7 +633,8 @@ def test_flops_with_options_agree_with_a_counter(fields):
     "A mask saves no work in a plain kernel: windows are counted token by token above."
     config = GPTConfig(128, 1024, 4, 4, 2, 128, **fields)
     with torch.device("meta"):
-        model, ids = GPT(config), torch.zeros(2, 128, dtype=torch.int64)
+        model = GPT(config)
+        ids = torch.zeros(2, 128, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     full = replace(config, window_pattern="L")
@@ -671,7 +691,8 @@ STEPS = [
 def test_training_memory_is_what_a_profiler_sees(step):
     layers, width, kv_heads, rows, length, vocab, micro_batches, fields = step
     config = GPTConfig(length, vocab, layers, 4, kv_heads, width, **fields)
-    model, ids = GPT(config), torch.zeros(rows, length, dtype=torch.int64)
+    model = GPT(config)
+    ids = torch.zeros(rows, length, dtype=torch.int64)
     model.init_weights(0)
     run = partial(training_step, model, setup_optimizer(model), ids, micro_batches)
     run()  # makes the optimizer's state

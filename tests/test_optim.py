@@ -47,7 +47,8 @@ def test_adamw_equals_torch(weight_decay, eps):
     ]
     theirs = [p.clone() for p in ours]
     options = dict(lr=0.01, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay)
-    a, b = AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    a = AdamW(ours, **options)
+    b = torch.optim.AdamW(theirs, **options)
     for _ in range(8):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=generator)
@@ -113,7 +114,8 @@ def plain(matrix: torch.Tensor, method: str) -> torch.Tensor:
 
 def spectrum(shape: tuple[int, int], decades: float) -> torch.Tensor:
     "A matrix whose singular values fall over so many decades."
-    g, small = torch.Generator().manual_seed(6), min(shape)
+    g = torch.Generator().manual_seed(6)
+    small = min(shape)
     u, v = (torch.linalg.qr(torch.randn(n, small, generator=g))[0] for n in shape)
     return u * torch.logspace(0, -decades, small) @ v.mT
 
@@ -214,7 +216,8 @@ def test_orthogonalize_of_zero_is_zero():
 def test_muon_equals_its_definition(shape, nesterov):
     generator = torch.Generator().manual_seed(4)
     p = torch.randn(shape, generator=generator)
-    want, average = p.clone(), torch.zeros(shape)
+    want = p.clone()
+    average = torch.zeros(shape)
     optimizer = Muon([p], lr=0.1, momentum=0.9, nesterov=nesterov)
     for _ in range(3):
         p.grad = torch.randn(shape, generator=generator)
@@ -257,8 +260,10 @@ def test_cautious_decay_shrinks_only_with_the_update():
 def test_normuon_equals_its_definition(shape):
     generator = torch.Generator().manual_seed(10)
     first = torch.randn(shape, generator=generator)
-    params, want = [first, first.clone()], first.clone()
-    optimizer, average = Muon(params, lr=0.1, momentum=0.0, beta2=0.9), 0
+    params = [first, first.clone()]
+    want = first.clone()
+    optimizer = Muon(params, lr=0.1, momentum=0.0, beta2=0.9)
+    average = 0
     for _ in range(3):
         grad = torch.randn(shape, generator=generator)
         for p in params:
@@ -383,7 +388,8 @@ def test_a_limit_that_would_turn_gradients_round_is_refused(limit):
 
 def test_a_step_that_was_measured_and_not_taken_leaves_nothing_behind():
     model = tiny_model()
-    optimizers, before = setup_optimizer(model), [*map(torch.clone, model.parameters())]
+    optimizers = setup_optimizer(model)
+    before = [*map(torch.clone, model.parameters())]
     fill_grads(model, 0)
     optimizers.grad_norm()
     optimizers.zero_grad()

@@ -34,7 +34,7 @@ def tiny_model() -> GPT:
     return model
 
 
-def take_step(model: GPT, optimizers, step: int, rank: int, world: int, clip=0.0):
+def take_step(model: GPT, optimizers, step: int, rank: int, world: int, *, clip: float):
     "Give each rank a gradient of its own; their sum does not depend on `world`."
     totals = torch.Generator().manual_seed(step)
     noises = torch.Generator().manual_seed(1000 + step)
@@ -49,7 +49,7 @@ def take_step(model: GPT, optimizers, step: int, rank: int, world: int, clip=0.0
     return norm.item()
 
 
-def run(rank, folder: Path, world: int, start: int, shards: list[Path], clip) -> None:
+def run(rank, folder: Path, world: int, shards: list[Path], *, clip: float) -> None:
     "One rank: load what there is, take the steps, save weights and state."
     model = tiny_model()
     optimizers = setup_optimizer(model, OptimConfig(matrix_beta2=0.9))
@@ -57,8 +57,10 @@ def run(rank, folder: Path, world: int, start: int, shards: list[Path], clip) ->
         saved = [torch.load(path, weights_only=True) for path in shards]
         model.load_state_dict(saved[0]["model"])
         optimizers.load_state_dict([shard["state"] for shard in saved[::-1]])
-    steps = range(start, start + STEPS)
-    norms = [take_step(model, optimizers, s, rank, world, clip) for s in steps]
+    start = STEPS if shards else 0
+    norms = []
+    for step in range(start, start + STEPS):
+        norms.append(take_step(model, optimizers, step, rank, world, clip=clip))
     muon = optimizers.parts["muon"]
     owned = {name: muon.owners().get(p) for name, p in optimizers.params.items()}
     record = {"model": model.state_dict(), "state": optimizers.state_dict()}
@@ -77,7 +79,7 @@ def run_all(rank: int, root: Path) -> None:
         store = dist.FileStore(str(root / f"{name}.store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         clip = LIMIT if "clipped" in name else 0.0
-        run(rank, root / name, world, STEPS if before else 0, shards, clip)
+        run(rank, root / name, world, shards, clip=clip)
         dist.barrier()
         dist.destroy_process_group()
 
@@ -89,13 +91,11 @@ def saved(tmp_path_factory) -> dict[str, list[dict]]:
         pytest.skip("no gloo here")
     root = tmp_path_factory.mktemp("ranks")
     mp.spawn(run_all, (root,), nprocs=4)
-    return {
-        name: [
-            torch.load(root / name / f"{rank}.pt", weights_only=True)
-            for rank in range(world)
-        ]
-        for name, (world, _) in SCENARIOS.items()
-    }
+    found = {}
+    for name, (world, _) in SCENARIOS.items():
+        files = [root / name / f"{rank}.pt" for rank in range(world)]
+        found[name] = [torch.load(file, weights_only=True) for file in files]
+    return found
 
 
 def assert_same(got: dict, want: dict) -> None:
@@ -115,7 +115,8 @@ def test_the_norm_is_that_of_all_ranks_together(saved, world):
 
 @pytest.mark.parametrize("world", ["2clipped", "4clipped"])
 def test_ranks_clip_like_one_rank(saved, world):
-    plain, clipped = saved["1"][0]["model"], saved["1clipped"][0]["model"]
+    plain = saved["1"][0]["model"]
+    clipped = saved["1clipped"][0]["model"]
     assert any((plain[k] - clipped[k]).abs().max() > 1e-3 for k in plain)
     for record in saved[world]:
         for name, value in clipped.items():
@@ -177,7 +178,8 @@ def test_fifty_steps_of_a_gpt_end_in_the_same_weights(tmp_path, ranks, padding):
     one, *more = train_on_ranks(tmp_path, ranks, padding)
     assert one["loss"][1] < one["loss"][0] / 2  # it learnt
     for row in more:
-        world, state = row["ranks"], row["state_bytes"]
+        world = row["ranks"]
+        state = row["state_bytes"]
         assert row["largest_difference"] < 1e-5 and row["ranks_agree_bit_for_bit"]
         assert row["loss"] == one["loss"]
         assert sum(row["matrices"]) == 3 * 6

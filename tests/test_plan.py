@@ -112,7 +112,8 @@ def test_more_bandwidth_and_more_width_reach_more():
 
 
 def test_the_chosen_depth_is_the_deepest_in_the_time():
-    config, gpu = BaseConfig(), GPUS["h100"]
+    config = BaseConfig()
+    gpu = GPUS["h100"]
     for hours in (0.5, 4, 30):
         depth = choose_depth(config, 65_536, gpu, 8, hours)
         need = []
@@ -140,7 +141,8 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out = torch.empty_like(q)
+        sums = q.new_empty(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, sums)
         return out
 
@@ -172,9 +174,13 @@ def kept_bytes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpus_activations_are_what_autograd_keeps(monkeypatch, dtype, kv_heads):
     "On the meta device, with a stand-in for the fused kernel that a GPU has."
-    fused = lambda q, k, v, **options: Fused.apply(q, k, v)
+
+    def fused(q, k, v, **options):
+        return Fused.apply(q, k, v)
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    config, rows = GPTConfig(256, 512, 3, 4, kv_heads, 256), 4
+    config = GPTConfig(256, 512, 3, 4, kv_heads, 256)
+    rows = 4
     told = activation_memory(config, rows, dtype.itemsize, device_type="cuda")
     head = parameter_counts(config)["lm_head"] * 4  # its gradient is kept as well
     assert told + head == pytest.approx(kept_bytes(config, rows, dtype), rel=0.03)
@@ -182,15 +188,19 @@ def test_a_gpus_activations_are_what_autograd_keeps(monkeypatch, dtype, kv_heads
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_eight_bits_add_is_what_autograd_keeps_more(monkeypatch, dtype):
-    fused = lambda q, k, v, **options: Fused.apply(q, k, v)
+    def fused(q, k, v, **options):
+        return Fused.apply(q, k, v)
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    config, rows = GPTConfig(256, 512, 3, 4, 4, 256), 4
+    config = GPTConfig(256, 512, 3, 4, 4, 256)
+    rows = 4
     more = kept_bytes(config, rows, dtype, True) - kept_bytes(config, rows, dtype)
     assert fp8_memory(config, rows, dtype.itemsize) == pytest.approx(more, rel=0.03)
 
 
 def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
-    config, sizes = model_config(20, 65_536, 2048), {}
+    config = model_config(20, 65_536, 2048)
+    sizes = {}
     for kind in ("cuda", "cpu"):
         plan = make_plan(
             config, 16, 524_288, 1000, activation_bytes=4, device_type=kind
@@ -256,7 +266,8 @@ def write_record(monkeypatch, tmp_path):
 
 def test_a_measured_card_is_planned_by_its_measurement(write_record):
     write_record(invented_record())
-    gpu, c = measured_gpu("h100"), model_config(20, 65_536, 2048)
+    gpu = measured_gpu("h100")
+    c = model_config(20, 65_536, 2048)
     assert gpu.source == "measured here, 1 January 2027"
     plan = make_plan(c, 16, 524_288)
     assert plan.tokens / training_seconds(plan, gpu, 1) == pytest.approx(160e3)
@@ -377,7 +388,8 @@ def test_the_plan_counts_what_the_optimizers_send(fields, world):
     config = BaseConfig(depth=4, max_seq_len=64, device_batch_size=1, world=world)
     config = replace(config, total_batch_size=64 * world, **fields)
     found = walk(config, 512 * 3)
-    seen, shape = found["collectives"], found["plan"].model
+    seen = found["collectives"]
+    shape = found["plan"].model
     told = collective_bytes(shape, world)
     named = {"reduce_scatter": "reduce_scatter_base", "all_gather": "allgather_base"}
     for name, operator in named.items():
@@ -406,9 +418,12 @@ def test_a_dry_run_refuses_what_training_refuses(wrong):
 def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(tmp_path):
     command = [sys.executable, "-m", "scripts.base_train", "--preset", "gpu8"]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
-    go = lambda *more: subprocess.run(
-        [*command, "--dry-run", *more], capture_output=True, text=True, env=env
-    )
+
+    def go(*more):
+        return subprocess.run(
+            [*command, "--dry-run", *more], capture_output=True, text=True, env=env
+        )
+
     told = go("--world", "8")
     assert told.returncode == 0 and "rank 0 of 8: 2 x 16 rows" in told.stdout
     wrong = go("--world", "3")

@@ -93,7 +93,8 @@ class Table(torch.nn.Module):
 
 
 def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
-    policy, reward = Table(2, 3), torch.tensor([[0, 1, 0], [2, 0, 5], [1, 0, 0.5]])
+    policy = Table(2, 3)
+    reward = torch.tensor([[0, 1, 0], [2, 0, 5], [1, 0, 0.5]])
     replies = list(itertools.product(range(3), repeat=2))
     p = policy.logits.softmax(-1)
     probability = torch.stack([p[0, a] * p[1, b] for a, b in replies])
@@ -109,8 +110,10 @@ def test_policy_gradient_equals_the_gradient_of_the_expected_reward():
 
 
 def test_sampled_gradient_approaches_the_exact_one():
-    policy, generator = Table(1, 3), torch.Generator().manual_seed(1)
-    reward, p = torch.tensor([0.0, 1.0, 3.0]), policy.logits.softmax(-1)[0]
+    policy = Table(1, 3)
+    generator = torch.Generator().manual_seed(1)
+    reward = torch.tensor([0.0, 1.0, 3.0])
+    p = policy.logits.softmax(-1)[0]
     (p * reward).sum().backward()
     exact, policy.logits.grad = policy.logits.grad, None
     groups, size = 4000, 8
@@ -182,7 +185,10 @@ def scripted(monkeypatch, engine, text):
         ids.append(TOKENIZER.encode_special(control[name]) if name else ord(text[0]))
         text = text[len(name or "x") :]
     steps = iter(ids)
-    following = lambda logits, *_: torch.full((len(logits), 1), next(steps))
+
+    def following(logits, *_):
+        return torch.full((len(logits), 1), next(steps))
+
     monkeypatch.setattr("nanochat.engine.sample_next", following)
     return ids
 
@@ -193,7 +199,8 @@ def test_forced_tokens_are_masked_and_the_end_is_trained(monkeypatch):
     chosen = scripted(monkeypatch, engine, "<c>5+7</c>....ok<e>")
     config = replace(CONFIG, max_new_tokens=32)
     rollout = roll_out(engine, Vowels(), [2], config, seed=0)
-    row, mask = rollout.ids[0], rollout.mask[0]
+    row = rollout.ids[0]
+    mask = rollout.mask[0]
     trained = [token for token, flag in zip(row, mask) if flag]
     assert trained == chosen[:5] + chosen[9:]
     assert row[-1] == TOKENIZER.encode_special("<|assistant_end|>") and mask[-1] == 1
@@ -231,7 +238,8 @@ def test_steps_deal_all_prompts_before_repeating():
 def test_practice_raises_the_reward():
     model = tiny_model()
     config = replace(CONFIG, num_steps=16, num_samples=32)
-    engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+    engine = Engine(model, TOKENIZER)
+    optimizer = setup_optimizer(model)
     questions = Questions(Vowels(), config)
     records = [policy_step(engine, optimizer, questions, config, s) for s in range(16)]
     rewards = [r["reward"] for r in records]
@@ -242,8 +250,10 @@ def test_practice_raises_the_reward():
 def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
     norms = {}
     for limit in (0.0, 1e-3):
-        model, config = tiny_model(), replace(CONFIG, grad_clip=limit)
-        engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+        model = tiny_model()
+        config = replace(CONFIG, grad_clip=limit)
+        engine = Engine(model, TOKENIZER)
+        optimizer = setup_optimizer(model)
         questions = Questions(Vowels(), config)
         record = policy_step(engine, optimizer, questions, config, 0)
         norms[limit] = record["grad_norm"]
@@ -268,7 +278,7 @@ def test_the_gradient_is_measured_clipped_and_guarded(monkeypatch, tmp_path):
     assert len(dump["batches"][0]["inputs"]) == 16  # the replies of four prompts
 
 
-def run(model, steps, save=None, start=0, results=None, optimizer=None):
+def run(model, steps, save=None, *, start=0, results=None, optimizer=None):
     engine = Engine(model, TOKENIZER)
     optimizer = optimizer or setup_optimizer(model)
     save = save or (lambda step, results: None)
@@ -280,7 +290,8 @@ def run(model, steps, save=None, start=0, results=None, optimizer=None):
 def test_resuming_equals_not_stopping(tmp_path):
     whole = tiny_model()
     expected = run(whole, 4)
-    half, folder = tiny_model(), tmp_path / "rl"
+    half = tiny_model()
+    folder = tmp_path / "rl"
     optimizer = setup_optimizer(half)
 
     class Stop(Exception):
@@ -297,7 +308,7 @@ def test_resuming_equals_not_stopping(tmp_path):
     path = folder / "step_000002"
     checkpoint.load_training_state(path, fresh, optimizer)
     results = checkpoint.read_meta(path)["results"]
-    resumed = run(fresh, 4, None, 2, results, optimizer)
+    resumed = run(fresh, 4, start=2, results=results, optimizer=optimizer)
     assert (
         resumed["after"] == expected["after"]
         and resumed["before"] == expected["before"]
@@ -324,7 +335,8 @@ def become_rank(rank, world, port, folder):
 def rank_main(rank, world, port, folder):
     become_rank(rank, world, port, folder)
     model = tiny_model()
-    engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+    engine = Engine(model, TOKENIZER)
+    optimizer = setup_optimizer(model)
     mine = [Questions(range(8), CONFIG).of_step(step) for step in range(2)]
     questions = Questions(Vowels(), CONFIG)
     records = [policy_step(engine, optimizer, questions, CONFIG, s) for s in range(2)]
@@ -345,7 +357,7 @@ def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
         assert sorted(together) == sorted(Questions(range(8), CONFIG).of_step(step))
 
 
-def roll_out_each(engine, task, indices, config, seed, num_samples=0) -> Rollout:
+def roll_out_each(engine, task, indices, config, seed, *, num_samples=0) -> Rollout:
     "Sample for each prompt with a seed of its own, whatever rank it is on."
     parts = [
         roll_out(engine, task, [i], config, i, num_samples=num_samples) for i in indices
@@ -365,13 +377,17 @@ def policy_weights() -> tuple[list[dict], dict]:
     model = GPT(config, torch.float64)
     model.init_weights(0)
     model = model.double()
-    engine, optimizer = Engine(model, TOKENIZER), setup_optimizer(model)
+    engine = Engine(model, TOKENIZER)
+    optimizer = setup_optimizer(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat.rl.roll_out", roll_out_each)
         torch.set_default_dtype(torch.float64)  # the engine's tables follow it
         try:
             questions = Questions(Vowels(), CONFIG)
-            take = lambda step: policy_step(engine, optimizer, questions, CONFIG, step)
+
+            def take(step):
+                return policy_step(engine, optimizer, questions, CONFIG, step)
+
             records = [take(step) for step in range(3)]
         finally:
             torch.set_default_dtype(torch.float32)

@@ -63,7 +63,9 @@ def test_interrupt_while_merging(text):
 
 def test_other_threads_run_meanwhile(text):
     "A thread that needs the GIL keeps ticking while Rust encodes."
-    tokenizer, ticks, done = rustbpe.Tokenizer(), [], threading.Event()
+    tokenizer = rustbpe.Tokenizer()
+    ticks = []
+    done = threading.Event()
 
     def tick():
         while not done.is_set():
@@ -161,15 +163,18 @@ def test_streaming_decoder_is_pythons(data):
     """Byte by byte: the same characters at the same moment as Python's own decoder, but for
     the first two bytes of a lone surrogate, with which Python waits for the third."""
     tokenizer = rustbpe.Tokenizer()
-    ours, text = tokenizer.stream_decoder(), ""
-    theirs, expected = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    ours = tokenizer.stream_decoder()
+    text = ""
+    theirs = codecs.getincrementaldecoder("utf-8")("replace")
+    expected = ""
     for byte in data:
         text += ours.push(byte)
         expected += theirs.decode(bytes([byte]))
         held = theirs.getstate()[0]
         if not (held[:1] == b"\xed" and held[1:] >= b"\xa0"):
             assert text == expected
-    text, expected = text + ours.finish(), expected + theirs.decode(b"", final=True)
+    text = text + ours.finish()
+    expected = expected + theirs.decode(b"", final=True)
     assert text == expected
     assert tokenizer.decode(list(data), "replace") == data.decode("utf-8", "replace")
     assert tokenizer.decode_bytes(list(data)) == data

@@ -92,7 +92,9 @@ def test_a_reply_is_a_stream_of_events(client):
 
 
 def test_the_seed_fixes_the_reply(client):
-    get = lambda seed: client.post("/chat/completions", json=ask(seed=seed)).text
+    def get(seed):
+        return client.post("/chat/completions", json=ask(seed=seed)).text
+
     assert get(1) == get(1) != get(2)
 
 
@@ -299,7 +301,10 @@ def test_a_compiled_engine_says_the_same(base):
     plain = script(base, "scripts.chat_cli", *args)
     fixed = script(base, "scripts.chat_cli", *args, "--compile")
     assert fixed.returncode == 0, fixed.stderr
-    drop = lambda text: text.replace("compile=True", "compile=False")
+
+    def drop(text):
+        return text.replace("compile=True", "compile=False")
+
     assert drop(fixed.stdout) == plain.stdout != fixed.stdout
 
 

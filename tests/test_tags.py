@@ -41,7 +41,8 @@ COMMANDS = [  # script, option, and what it needs besides
 def place(tmp_path_factory):
     "A base folder with a model of each stage, and somebody's files around it."
     place = tmp_path_factory.mktemp("tags")
-    home, model = place / "home", tiny_model()
+    home = place / "home"
+    model = tiny_model()
     tiny_tokenizer().save(home / "tokenizer")
     for stage in ("base", "mid", "sft", "rl"):
         folder = home / f"{stage}_checkpoints"

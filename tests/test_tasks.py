@@ -143,7 +143,12 @@ def test_ranks_share_a_task_without_overlap():
 
 
 def calculations(task):
-    return {(min(a, b), op, max(a, b)) for a, op, b in (x["calculation"] for x in task)}
+    "What is asked for, with the smaller number first."
+    found = set()
+    for example in task:
+        a, op, b = example["calculation"]
+        found.add((min(a, b), op, max(a, b)))
+    return found
 
 
 def test_arithmetic_splits_never_share_a_calculation():
@@ -172,7 +177,10 @@ def test_words_and_chats_of_the_splits_are_disjoint():
     assert all(words) and not words[0] & words[1]
     for path in data_path("chat").glob("*_test.jsonl"):
         other = path.with_name(path.name.replace("_test", "_train"))
-        first = lambda f: {str(c["messages"][0]) for c in CustomJSON(f)}
+
+        def first(f):
+            return {str(c["messages"][0]) for c in CustomJSON(f)}
+
         assert not first(path) & first(other), path.name
 
 
@@ -223,7 +231,8 @@ def test_a_copied_word_is_not_spelled():
 def test_capitals_ask_for_whole_words():
     pairs = [("What is the capital of Peru?", "The capital of Peru is Lima.")]
     pairs += [("Which country has the capital Lima?", "Lima is the capital of Peru.")]
-    task, verdicts = Capitals("test"), []
+    task = Capitals("test")
+    verdicts = []
     for (question, answer), reply in zip(pairs, ("lima!", "in Peru")):
         roles = [("user", question), ("assistant", answer)]
         example = {"messages": [{"role": r, "content": c} for r, c in roles]}
@@ -232,7 +241,8 @@ def test_capitals_ask_for_whole_words():
 
 
 def test_copying_the_question_defines_nothing():
-    task, passed = Definitions("test", stop=500), 0
+    task = Definitions("test", stop=500)
+    passed = 0
     for example in task:
         word = example["messages"][-1]["content"].split()[2]
         empty = f"The word {word} means something."

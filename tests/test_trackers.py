@@ -37,8 +37,10 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
 
 
 def test_tensorboard_holds_what_the_log_holds(tmp_path):
@@ -93,7 +95,10 @@ def test_trackio_works_offline(tmp_path):
 
 def test_a_tracker_that_is_missing_or_unknown(monkeypatch, tmp_path):
     real = importlib.util.find_spec
-    missing = lambda name, *more: None if name == "wandb" else real(name, *more)
+
+    def missing(name, *more):
+        return None if name == "wandb" else real(name, *more)
+
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(UserError, match=r"pip install wandb.*nanochat\[trackers\]"):
         write("tensorboard,wandb")

@@ -138,7 +138,8 @@ def masked_batches(step: int) -> list[Batch]:
 
 def take_steps(share) -> dict:
     "Three steps on a share of the micro-batches; what the first gradient was, and so on."
-    model, record = tiny_model(), {"loss": [], "gradient": {}}
+    model = tiny_model()
+    record = {"loss": [], "gradient": {}}
     for weight in model.parameters():  # no zeros that would hide a gradient
         generator = torch.Generator().manual_seed(weight.numel())
         torch.nn.init.normal_(weight, std=0.1, generator=generator)
@@ -211,7 +212,9 @@ def test_a_step_without_trained_tokens_changes_nothing(base_dir):
     nothing = random_batch(1)
     nothing.targets.fill_(-1)
     batches = [random_batch(0), nothing, random_batch(2)]
-    with_it, without, results = tiny_model(), tiny_model(), []
+    with_it = tiny_model()
+    without = tiny_model()
+    results = []
     for model, stream in ((with_it, batches), (without, batches[::2])):
         rows, run = go(model, stream)
         results.append(run.results["smooth_loss"])
@@ -257,7 +260,9 @@ def test_the_norm_is_logged_and_clipped(base_dir):
 def test_what_is_not_finite_stops_before_the_weights_change(
     base_dir, monkeypatch, value, where
 ):
-    model, real, before = tiny_model(), train.accumulate, {}
+    model = tiny_model()
+    real = train.accumulate
+    before = {}
 
     def poisoned(model, micro):
         bad = model.transformer.h[1].mlp.c_proj.weight
@@ -274,7 +279,8 @@ def test_what_is_not_finite_stops_before_the_weights_change(
     monkeypatch.setattr(train, "accumulate", poisoned)
     batches = [random_batch(i) for i in range(4)]
     for i, batch in enumerate(batches):
-        batch.stream, batch.cursor = i, {"documents": i}
+        batch.stream = i
+        batch.cursor = {"documents": i}
     with pytest.raises(UserError, match="no weights were changed") as stopped:
         options = {"save": lambda *_: base_dir / "step_000002", "save_every": 2}
         go(model, batches, **options)
@@ -283,7 +289,8 @@ def test_what_is_not_finite_stops_before_the_weights_change(
     path = base_dir / "runs" / "base_train_step_000002_rank_0.json"
     for told in (str(path), "step_000002", "--grad-clip 1.0", "--dtype float32"):
         assert told in str(stopped.value)
-    dump, name = json.loads(path.read_text()), "transformer.h.1.mlp.c_proj.weight"
+    dump = json.loads(path.read_text())
+    name = "transformer.h.1.mlp.c_proj.weight"
     assert dump["step"] == 2 and not math.isfinite(float(dump["grad_norm"]))
     assert name in dump["gradients"] and (where == "weight") == bool(dump["weights"])
     assert dump["weights"] in ([], [name])
@@ -312,10 +319,13 @@ def test_a_diverged_run_is_one_line_at_the_command_line(
 
 def test_no_garbage_is_collected_in_the_loop(base_dir):
     "Only at evaluations and checkpoints, and as before afterwards."
-    seen, places, was = [], [], gc.isenabled()
-    note = lambda phase, info: (
-        seen.append(info["generation"]) if phase == "start" else 0
-    )
+    seen = []
+    places = []
+    was = gc.isenabled()
+
+    def note(phase, info):
+        if phase == "start":
+            seen.append(info["generation"])
 
     def stream():
         for step in range(12):
@@ -372,7 +382,8 @@ def summed_alone(out: torch.Tensor, full: torch.Tensor, real) -> dist.Work:
 def test_a_step_waits_for_the_device_once(base_dir, monkeypatch, ranks, clip):
     "Loss, norm and the wish to stop come over in one `tolist`, and nothing else does."
     monkeypatch.setattr(gpt, "check_ids", lambda *_: None)  # looks only on a CPU
-    listed, real = [], torch.Tensor.tolist
+    listed = []
+    real = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: listed.append(t) or real(t))
     run = Run("base_train", 3, 2, lambda step: 1.0, muon_momentum, grad_clip=clip)
     model = tiny_model()
@@ -405,7 +416,10 @@ def test_deterministic_is_an_option(base_dir, tiny, monkeypatch):
         torch.use_deterministic_algorithms(False)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     assert losses(base_dir) == plain
-    parse = lambda kind, *words: parse_config(kind, "base_train", [*words])
+
+    def parse(kind, *words):
+        return parse_config(kind, "base_train", [*words])
+
     assert parse(BaseConfig, "--deterministic").deterministic is True
 
 
@@ -440,7 +454,8 @@ run_cli(main, BaseConfig, "base_train")
 @pytest.mark.parametrize("kind", ["raise", "hang", "nan"])
 def test_one_failing_rank_ends_all_with_its_own_error(base_dir, tiny, tmp_path, kind):
     "Within seconds, also where the other is stuck and has SIGTERM caught."
-    script, failed = tmp_path / "ranks.py", base_dir / "failed"
+    script = tmp_path / "ranks.py"
+    failed = base_dir / "failed"
     script.write_text(RANKS)
     tiny |= {"save_every": 2, "num_iterations": 50}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
@@ -476,7 +491,8 @@ def test_streams_do_not_depend_on_ranks(tokenizer, monkeypatch):
         source = batches(tokenizer, "train", 1, 32, cpu, num_streams=4)
         return [next(source).inputs for _ in range(count)]
 
-    alone, two = first(0, 1, 4), first(0, 2, 2) + first(1, 2, 2)
+    alone = first(0, 1, 4)
+    two = first(0, 2, 2) + first(1, 2, 2)
     for mine, theirs in zip([alone[i] for i in (0, 2, 1, 3)], two):
         assert torch.equal(mine, theirs)
 
@@ -556,7 +572,8 @@ def test_two_ranks_train_like_one(base_dir, tiny):
 def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
     "The Slurm script with two torchrun agents on this machine."
     tiny |= {"num_iterations": 12, "depth": 2}
-    one, tools = run_ranks(base_dir, 1, tiny), tmp_path_factory.mktemp("tools")
+    one = run_ranks(base_dir, 1, tiny)
+    tools = tmp_path_factory.mktemp("tools")
     nodes = 'for i in 1 2; do "${@:2}" & done; wait -n && wait -n'
     for name, body in (("srun", nodes), ("scontrol", "echo 127.0.0.1")):
         (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -590,11 +607,13 @@ def test_another_number_of_ranks_continues_with_the_same_text(
     tiny |= {"num_iterations": 12, "depth": 2, "save_every": 6}
     expected = run_ranks(base_dir, before, tiny, "run")
     last = base_dir / "base_checkpoints" / "run" / "step_000012"
-    read = lambda: {  # stream -> cursor, of all ranks
-        k: v
-        for file in last.glob("cursors_*.json")
-        for k, v in json.loads(file.read_text()).items()
-    }
+
+    def read() -> dict[str, dict]:  # stream -> cursor, of all ranks
+        found = {}
+        for file in last.glob("cursors_*.json"):
+            found |= json.loads(file.read_text())
+        return found
+
     cursors = read()
     shutil.rmtree(last)
     found = run_ranks(base_dir, after, tiny, "run")
@@ -646,7 +665,9 @@ def test_compiled_on_the_cpu_learns_the_same(base_dir, tiny, monkeypatch):
 
 
 def test_options_of_the_loop_are_read(monkeypatch):
-    read = lambda *words: parse_config(BaseConfig, "base_train", [*words])
+    def read(*words):
+        return parse_config(BaseConfig, "base_train", [*words])
+
     assert read().compile is None and read().grad_clip == 0
     assert read("--compile").compile is read("--compile", "True").compile is True
     assert read("--compile=False", "--grad-clip=1.0").compile is False

@@ -51,7 +51,8 @@ def test_a_warm_start_has_the_parents_averages_and_the_stages_rates(
     base_model, monkeypatch
 ):
     optimizer, run = begin(monkeypatch)
-    expected, found = load_file(state_file(base_model)), optimizer.state_dict()
+    expected = load_file(state_file(base_model))
+    found = optimizer.state_dict()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -64,13 +64,14 @@ def test_what_the_wheel_holds(wheel):
     unwanted = (
         "_nbdev",
         "_modidx",
+        "__pycache__",
         "tests/",
         "scripts/",
-        "__pycache__",
         "dev/",
         "nbs/",
     )
-    assert [n for n in names if any(word in n for word in unwanted)] == []
+    for word in unwanted:
+        assert [name for name in names if word in name] == [], word
     assert {name.split("/")[0].split("-")[0] for name in names} <= {
         "nanochat",
         "rustbpe",
@@ -84,7 +85,9 @@ def test_what_the_wheel_holds(wheel):
 def traveller(wheel, tmp_path_factory):
     "Run a command of the installed wheel, far from the checkout."
     there = tmp_path_factory.mktemp("far away")
-    site, home, place = there / "site", there / "home", there / "place"
+    site = there / "site"
+    home = there / "home"
+    place = there / "place"
     home.mkdir()
     place.mkdir()
     options = ["--no-deps", "--no-index", "--quiet", "--target", str(site), str(wheel)]

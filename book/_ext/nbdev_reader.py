@@ -27,7 +27,8 @@ TAGS = {
 
 def split_directives(source: str) -> tuple[dict[str, str], str]:
     "Return the `#|` lines at the top of a cell as a dict, and the code below them."
-    lines, found = source.split("\n"), {}
+    lines = source.split("\n")
+    found = {}
     while lines and (match := DIRECTIVE.match(lines[0])):
         value = match[2]
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
@@ -54,6 +55,8 @@ def read(text: str) -> nbformat.NotebookNode:
             continue
         found, code = split_directives(cell.source)
         default = found.get("default_exp", default)
+
+        # What nbdev says in directives, MyST-NB wants to hear in tags and metadata.
         tags = cell.metadata.setdefault("tags", [])
         for key, value in found.items():
             tags += TAGS.get(key, []) + TAGS.get(f"{key}={value}", [])
@@ -63,6 +66,8 @@ def read(text: str) -> nbformat.NotebookNode:
             figure = {"caption": found["fig-cap"], "name": found.get("label", "")}
             image = {"alt": found.get("fig-alt", found["fig-cap"])}
             cell.metadata["mystnb"] = {"figure": figure, "image": image}
+
+        # A reader of the page sees where the code goes.
         if file := module_file(found, default):
             code = f"# {file}\n{code}"
         cell.source = code

@@ -56,12 +56,16 @@ def attention(scale: Scale, report: Report) -> None:
     require_bf16(scale)
     refused = {name: kernel_works(name, scale.device) for name in KERNELS}
     report.note(refused={k: why for k, why in refused.items() if why})
-    drawn = {
-        name: (draw(shape, scale), shape[-1]) for name, shape in cases(scale).items()
-    }
-    wanted = {
-        n: derive([x.float() for x in xs], w, "twin") for n, (xs, w) in drawn.items()
-    }
+
+    # The shapes, and what the twin makes of them without rounding.
+    drawn = {}
+    wanted = {}
+    for case, shape in cases(scale).items():
+        inputs = draw(shape, scale)
+        window = shape[-1]
+        drawn[case] = (inputs, window)
+        wanted[case] = derive([x.float() for x in inputs], window, "twin")
+
     ran = []
     for name in (name for name, why in refused.items() if not why):
         served = [
@@ -71,8 +75,9 @@ def attention(scale: Scale, report: Report) -> None:
             ran.append(name)
         if served[0] and name != "twin":  # which holds all scores, in fp32
             time_kernel(name, scale, report)
-    (q, k, *_), window = draw(timed_shape(scale), scale), 0
-    chosen = choose_kernel(q, k, window, masked=False, trains=True)
+
+    q, k, *_ = draw(timed_shape(scale), scale)
+    chosen = choose_kernel(q, k, 0, masked=False, trains=True)
     report.note(ran=ran, chosen_for_training=chosen)
     report.key = f"{len(ran)} kernels right: {', '.join(ran)}"
 

@@ -21,10 +21,12 @@ def device(scale: Scale, report: Report) -> None:
     device |= {"capability": "", "key": None}
     if not scale.tiny:
         facts = torch.cuda.get_device_properties(0)
-        device["name"], device["key"] = facts.name, this_gpu()[0]
+        device["name"] = facts.name
+        device["key"] = this_gpu()[0]
         device["memory_gib"] = round(facts.total_memory / GIB, 1)
         device["capability"] = f"{facts.major}.{facts.minor}"
-        device["cuda"], device["driver"] = torch.version.cuda, driver_version()
+        device["cuda"] = torch.version.cuda
+        device["driver"] = driver_version()
         torch.ones(1, device="cuda").item()  # a card that cannot even this says so here
     report.note(device=device, environment=environment())
 

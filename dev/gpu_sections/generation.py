@@ -41,7 +41,8 @@ def empty_cache(model: GPT, rows: int, capacity: int) -> KVCache:
 @torch.inference_mode()
 def in_chunks(model: GPT, ids: Tensor, sizes: list[int]) -> Tensor:
     "Return the logits of all positions, computed a few at a time with a cache."
-    kv, found = empty_cache(model, len(ids), ids.size(1)), []
+    kv = empty_cache(model, len(ids), ids.size(1))
+    found = []
     for part in ids.split(sizes, 1):
         found.append(model(part, kv_cache=kv))
     return torch.cat(found, 1)
@@ -79,7 +80,8 @@ def compare(name: str, model: GPT, ids: Tensor, report: Report) -> None:
     with torch.inference_mode():
         # Two ways to round to bf16 are further from each other than from the truth.
         bound = max(FP32, SLACK * SLACK * error(full, exact(ids)))
-    rows, lengths = torch.arange(4), [40, 7, 1, 25]
+    rows = torch.arange(4)
+    lengths = [40, 7, 1, 25]
     ways = {
         "token by token": (in_chunks(model, ids, [1] * 48), full),
         "in chunks": (in_chunks(model, ids, [17, 1, 25, 5]), full),
@@ -133,7 +135,8 @@ def decoding(scale: Scale, report: Report) -> None:
     from nanochat.decode import freeze_weights
 
     require_bf16(scale)
-    config, context = depth_20(scale), scale.pick(512, 16)
+    config = depth_20(scale)
+    context = scale.pick(512, 16)
     batches = scale.pick((1, 64, 16), (1, 3))
     cache = kv_cache_bytes(config, max(batches), 2 * context)
     weights = parameter_counts(config)["total"]
@@ -198,7 +201,8 @@ def one_batch(
     prompts = random_ids(model.config, batch, context)
     first, kv = prefill(model, prompts.tolist(), capacity := context + count + 8)
     for how in ways:
-        call, begun = eager_step(model, kv), time.perf_counter()
+        call = eager_step(model, kv)
+        begun = time.perf_counter()
         if how != "eager":  # which comes last, since it uses the cache up
             backend = scale.pick(True, "eager") if "compiled" in how else False
             step = DecodeStep(model, batch, capacity, compiled=backend)
@@ -223,7 +227,8 @@ def eager_step(model: GPT, kv: KVCache):
 
 def follow(call, logits: Tensor, count: int, scale: Scale) -> tuple:
     "Decode greedily; return ids (steps, B), logits after one step, seconds of a step."
-    chosen, part = [logits.argmax(-1)], max(1, count // 8)
+    chosen = [logits.argmax(-1)]
+    part = max(1, count // 8)
     logits = once = call(chosen[0]).clone()  # the next step overwrites what it returns
 
     def some() -> None:
@@ -257,7 +262,8 @@ def transformers_batches(
     model: GPT, batches: tuple[int, ...], context: int, place: tuple
 ) -> None:
     "Let transformers continue the same prompts with the same weights."
-    (scale, report), count = place, place[0].pick(32, 3)
+    scale, report = place
+    count = scale.pick(32, 3)
     if not (theirs := transformers_model(model, scale)):
         report.note(transformers="not installed, or older than 5")
         return

@@ -119,7 +119,8 @@ def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
         sizes = dict(depth=1, device_batch_size=1, max_seq_len=64)
         sizes |= dict(total_batch_size=64 * 2 * WORLD)
     found = walk(BaseConfig(**sizes, world=WORLD), scale.pick(65_536, 512))
-    rows, total = {}, 0.0
+    rows = {}
+    total = 0.0
     for name, (calls, moved) in found["collectives"].items():
         # A ring sends all but a rank's own share; a sum to all goes around twice.
         sent = moved * (WORLD - 1) / WORLD * (2 if name == "allreduce" else 1)
@@ -134,13 +135,15 @@ def rank_of_eight(scale: Scale, report: Report) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     require_bf16(scale)
-    config, rows = depth_20(scale), scale.pick(16, 2)
+    config = depth_20(scale)
+    rows = scale.pick(16, 2)
     counted = training_memory(config, rows, 2, WORLD, micro_batches=2)["total"]
     require_memory(scale, counted, f"rank 0 of {WORLD} at depth 20")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     try:
         model = large_model(config, scale)
-        optimizer, batch = setup_optimizer(model), random_batch(config, rows, scale)
+        optimizer = setup_optimizer(model)
+        batch = random_batch(config, rows, scale)
 
         def step() -> None:
             accumulate(model, [batch, batch])

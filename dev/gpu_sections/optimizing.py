@@ -97,7 +97,8 @@ def fifty_steps(dtype: torch.dtype, seed: int, steps: int, scale: Scale) -> floa
 
 def adamw(scale: Scale, report: Report) -> None:
     "Take ten steps with ours and with PyTorch's."
-    shape, g = scale.pick((4096, 1280), (64, 32)), torch.Generator().manual_seed(0)
+    shape = scale.pick((4096, 1280), (64, 32))
+    g = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=g).to(scale.device)
     grads = [torch.randn(shape, generator=g).to(scale.device) for _ in range(3)]
     found = {}

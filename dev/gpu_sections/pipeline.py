@@ -32,7 +32,8 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
     if scale.tiny:
         options |= dict(depth=1, max_seq_len=64, device_batch_size=4, eval_tokens=1024)
         options |= dict(total_batch_size=512, num_iterations=8, compile=False)
-        vocab, limits = 400, limits | dict(max_chars=50_000, numbers=1)
+        vocab = 400
+        limits |= dict(max_chars=50_000, numbers=1)
     if not (folder / "tokenizer").is_dir():
         train_tokenizer(TokTrainConfig(vocab_size=vocab, **limits))
     options |= dict(seed=seed, device=device, tag=f"seed{seed}", overwrite=True)
@@ -61,7 +62,8 @@ def same_training(scale: Scale, report: Report) -> None:
         else:
             raise Skip("no record of the CPU's seeds: run python dev/gpu_baseline.py")
         found = preset_run(folder, 42, scale, scale.device.type)
-    bpb, mean = found["val_bpb"], statistics.mean(known)
+    bpb = found["val_bpb"]
+    mean = statistics.mean(known)
     report.note(val_bpb=bpb, cpu_val_bpb=known, steps=found["steps"])
     report.note(train_seconds=found["train_seconds"])
     report.key = f"{bpb:.4f} bits per byte, {mean:.4f} on the CPU"

@@ -56,7 +56,8 @@ def checkpoint(scale: Scale, report: Report) -> None:
     from nanochat import checkpoint
 
     with tempfile.TemporaryDirectory() as name, exact_products():
-        folder, cpu = Path(name), torch.device("cpu")
+        folder = Path(name)
+        cpu = torch.device("cpu")
         model, optimizer = fresh(scale, scale.device, torch.float32)
         start = {n: w.cpu().clone() for n, w in model.state_dict().items()}
         steps(model, optimizer, range(3), scale)
@@ -110,7 +111,8 @@ def start(folder: Path, scale: Scale):  # a process
 def resume(scale: Scale, report: Report) -> None:
     "Kill a run after its second checkpoint, start it again, compare with one left alone."
     with tempfile.TemporaryDirectory() as name:
-        alone, killed = Path(name) / "alone", Path(name) / "killed"
+        alone = Path(name) / "alone"
+        killed = Path(name) / "killed"
         whole, victim = start(alone, scale), start(killed, scale)
         mark = killed / f"step_{2 * EVERY:06d}"
         # The mark appears when a checkpoint is whole; the next steps are lost.

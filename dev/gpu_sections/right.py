@@ -68,14 +68,17 @@ def linear(x: Tensor, layer: torch.nn.Linear) -> Tensor:
 
 def plain_attention(model: GPT, i: int, x: Tensor, extra: Tensor | None) -> Tensor:
     "Compute the attention of layer i with PyTorch's own operations and a mask."
-    c, a, T = model.config, model.transformer.h[i].attn, x.size(1)
+    c = model.config
+    a = model.transformer.h[i].attn
+    T = x.size(1)
     q, k, v = (
         linear(x, layer).unflatten(-1, (-1, c.head_dim))
         for layer in (a.c_q, a.c_k, a.c_v)
     )
     if extra is not None:
         v = v + gated(extra, linear(x[..., : c.gate_inputs], a.ve_gate), c.gate_max)
-    cos, sin = model.cos[:T], model.sin[:T]
+    cos = model.cos[:T]
+    sin = model.sin[:T]
     q, k = (norm(apply_rotary(t, cos, sin), c.norm_eps) for t in (q, k))
     k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, 2) for t in (k, v))
     # A mask of all pairs, which every kernel of PyTorch takes for its windows too.
@@ -91,6 +94,8 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     table = F.embedding(ids, model.transformer.wte.weight)
     x = norm(table.to(model.dtype), c.norm_eps)
     x = start = middle = smear(model, x, ids, None)
+
+    # Layer by layer, with what the middle of the network adds to the end.
     for i, block in enumerate(model.transformer.h):
         x = weigh(model, i, x, start)
         extra = extra_values(model, i, ids)
@@ -123,7 +128,8 @@ def model(scale: Scale, report: Report) -> None:
         ours = random_model(config, scale.device)
         # Rounded products would hide a mistake of a thousandth.
         with exact_products(), torch.no_grad():
-            wanted, found = reference(ids[:, :-1]), ours(ids[:, :-1].to(scale.device))
+            wanted = reference(ids[:, :-1])
+            found = ours(ids[:, :-1].to(scale.device))
         report.check(f"{name}: logits, fp32", error(found, wanted), FP32)
         with exact_products():
             loss, grads = outcome(reference, reference, ids)

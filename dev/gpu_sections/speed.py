@@ -172,7 +172,8 @@ def measure(trainer: Trainer, report: Report) -> dict:
     peak = peak_of(lambda: (trainer.passes(2), trainer.update()), scale)
     updates = [elapsed(trainer.update, scale) for _ in range(3)]
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
-    rate, gpu = trainer.micro * trainer.tokens / seconds, this_gpu()[1]
+    rate = trainer.micro * trainer.tokens / seconds
+    gpu = this_gpu()[1]
     report.note(tokens_per_second=rate, step_seconds=seconds, peak_bytes=peak)
     report.kernels = names(watched(trainer.passes, scale), 16)
     row = {
@@ -202,7 +203,10 @@ def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> second
     parts = dict.fromkeys([*PARTS, "element-wise"], 0.0)
     for kernel, seconds in spent.items():
         words = kernel.lower()
-        found = [part for part, keys in PARTS.items() if any(k in words for k in keys)]
+        found = []
+        for part, keys in PARTS.items():
+            if any(key in words for key in keys):
+                found.append(part)
         if words.startswith("triton_"):  # named after what they were made for
             found = ["matrix products"] if words.startswith("triton_tem") else []
         parts[found[0] if found else "element-wise"] += seconds
@@ -330,7 +334,8 @@ def lever(
 
     if scale.left() < scale.pick(20, 0):
         return add_lever(name, {"note": "no time left"}, report)
-    batch, found = batch or scale.pick(16, 2), {}
+    batch = batch or scale.pick(16, 2)
+    found = {}
     try:
         with quiet_gc() if quiet else nullcontext():
             trainer = Trainer(scale, batch, report.figures["layers"], **change)
@@ -401,7 +406,8 @@ def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
     model.init_weights(seed)
     if wrap:
         wrap(model)
-    optimizer, size = setup_optimizer(model), rows * T
+    optimizer = setup_optimizer(model)
+    size = rows * T
     text = read_bytes((steps + 4) * size + 1).to(scale.device)
     pairs = [
         (text[at : at + size].view(rows, T), text[at + 1 : at + 1 + size].view(rows, T))

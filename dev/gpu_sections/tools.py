@@ -169,7 +169,8 @@ def random_model(
     seed: int = 0,
 ) -> GPT:
     "Make a model in which no weight is zero; drawn on the CPU, so alike everywhere."
-    model, g = GPT(config, dtype), torch.Generator().manual_seed(seed)
+    model = GPT(config, dtype)
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             wide = p.ndim < 2 or "wte" in name or "value_embeds" in name

@@ -46,7 +46,8 @@ def step(model: GPT, optimizer: Optimizers, batches, scale: Scale, mode: str) ->
     alarm(scale, mode)
     try:
         micro = [next(batches) for _ in range(2)]
-        loss, norm = accumulate(model, micro), optimizer.grad_norm()
+        loss = accumulate(model, micro)
+        norm = optimizer.grad_norm()
         alarm(scale, "default")
         torch.stack([loss, norm]).tolist()
         alarm(scale, mode)
@@ -56,30 +57,42 @@ def step(model: GPT, optimizer: Optimizers, batches, scale: Scale, mode: str) ->
         alarm(scale, "default")
 
 
-def syncs(scale: Scale, report: Report) -> None:
-    "Take steps with the alarm on, then look for copies beside kernels in a trace."
-    require_bf16(scale)
-    model = large_model(depth_20(scale, 4), scale)
-    optimizer, batches = setup_optimizer(model), prefetch(stream(model, scale))
-    for _ in range(2):
-        step(model, optimizer, batches, scale, "default")
+def find_waits(take, report: Report) -> None:
+    "Take steps with the alarm on: it must not go off, and must be one that would."
     # "warn" tells of every place, "error" of the first, but of that with certainty.
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        step(model, optimizer, batches, scale, "warn")
-    places = [f"{Path(w.filename).name}:{w.lineno}" for w in told]
-    waits = [
-        p for p, w in zip(places, told) if "called a synchronizing" in str(w.message)
-    ]
+        take("warn")
+    waits = []
+    for warning in told:
+        if "called a synchronizing" in str(warning.message):
+            waits.append(f"{Path(warning.filename).name}:{warning.lineno}")
     report.note(waits=waits)
     report.check("waits in the step", len(waits), 0)
+
     try:
-        step(model, optimizer, batches, scale, "error")
+        take("error")
         report.check("an operation that waits", 0, 0)
     except RuntimeError as complaint:
         report.note(complaint=str(complaint))
         report.check("an operation that waits", 1, 0)
-    events = trace(lambda: step(model, optimizer, batches, scale, "default"), scale)
+
+
+def syncs(scale: Scale, report: Report) -> None:
+    "Take steps with the alarm on, then look for copies beside kernels in a trace."
+    require_bf16(scale)
+    model = large_model(depth_20(scale, 4), scale)
+    optimizer = setup_optimizer(model)
+    batches = prefetch(stream(model, scale))
+
+    def take(mode: str) -> None:
+        step(model, optimizer, batches, scale, mode)
+
+    for _ in range(2):  # the first steps allocate, which waits
+        take("default")
+    find_waits(take, report)
+
+    events = trace(lambda: take("default"), scale)
     copies, beside = overlap(events)
     report.note(copies=copies, copies_beside_kernels=beside)
     report.kernels = names({e["name"] for e in events if e.get("cat") == "gpu_memcpy"})
@@ -112,8 +125,12 @@ def overlap(
     kernels = [e for e in events if e.get("cat") == "kernel"]
     copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"]]
     copies = [e for e in copies if "Pinned" in e["name"]]
-    beside = [copy for copy in copies if any(together(copy, k) for k in kernels)]
-    return len(copies), len(beside)
+
+    beside = 0
+    for copy in copies:
+        if any(together(copy, kernel) for kernel in kernels):
+            beside += 1
+    return len(copies), beside
 
 
 def together(a: dict, b: dict) -> bool:
