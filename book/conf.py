@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
 sys.path.insert(0, str(HERE / "_ext"))
-# A backend from the environment, such as agg, would keep the figures out of the outputs.
+# A backend set in the environment, such as agg, would keep figures out of the outputs.
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 import author_year  # noqa: F401 (registers the bibliography's style)
 
@@ -50,7 +50,7 @@ nb_render_markdown_format = "myst"
 
 
 def fingerprint() -> str:
-    "Hash what a notebook's outputs depend on besides its own cells."
+    "Hash everything besides its own cells that a notebook's outputs depend on."
     digest = hashlib.sha256()
     sources = [("nanochat", "*.py"), ("rustbpe/src", "*.rs")]
     for folder, pattern in [*sources, ("dev/records", "*.*"), ("book/widgets", "*")]:
@@ -62,8 +62,8 @@ def fingerprint() -> str:
 
 
 nb_execution_cache_path = str(BUILD / f"cache-{fingerprint()}")
-# The kernels inherit these: small matrices want one thread, drawings are vectors, and
-# what a notebook writes stays in the build folder.
+# The kernels inherit these: small matrices need one thread, figures are vectors, and
+# files written by notebooks stay in the build folder.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["NANOCHAT_BASE_DIR"] = str(BUILD / "home")
@@ -135,7 +135,7 @@ def copy_mathjax(app, error):
 
 
 def share_visitors(app):
-    "Let singlehtml use html's visitors too: sphinx-exercise's own would hide the rest."
+    "Let singlehtml use html's visitors too, which sphinx-exercise's own would hide."
     handlers = app.registry.translation_handlers
     handlers["singlehtml"] = handlers.get("html", {}) | handlers.get("singlehtml", {})
 

@@ -1,6 +1,6 @@
-"""Hooks of nbdev that the stock tool lacks, and the widgets of the chapters.
+"""Hooks that extend nbdev, and the widgets of the chapters.
 
-The only module that no notebook exports: authors need it, nothing imports it at run time.
+The only module that no notebook exports: authors need it, but nothing imports it at run time.
 """
 
 import json
@@ -48,13 +48,13 @@ class FreshModules:
 
 
 class BookRenderer(MarkdownRenderer):
-    """Show documentation without the rule and heading that Sphinx refuses in outputs."""
+    """Show documentation without the rule and heading that Sphinx rejects in outputs."""
 
     def _repr_markdown_(self) -> str:
         return f"**`{self.nm}`**\n\n" + super()._repr_markdown_()
 
 
 def widget(name: str, data: dict) -> HTML:
-    "Fill a page of `book/widgets` with data. Paper leaves it out."
+    "Fill a page of `book/widgets` with data; the PDF omits it."
     page = Path("../book/widgets", name).read_text("utf-8")
     return HTML(page.replace("DATA", json.dumps(data).replace("</", "<\\/")))

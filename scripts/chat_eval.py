@@ -1,4 +1,4 @@
-"""Evaluate a chat model on graded tasks.
+"""Evaluate a chat model on tasks with a grader.
 
 python -m scripts.chat_eval --source sft
 python -m scripts.chat_eval --source rl --tasks "Arithmetic|Spelling"

@@ -1,4 +1,4 @@
-"""Fine-tune a model on conversations, training only on the assistant's replies.
+"""Fine-tune a model on the assistant's words only (supervised fine-tuning).
 
 python -m scripts.chat_sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft

@@ -1,4 +1,4 @@
-"""Midtrain a pretrained model on the format of conversations.
+"""Teach a pretrained model the format of conversations (midtraining).
 
 python -m scripts.mid_train
 torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
