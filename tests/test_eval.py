@@ -162,6 +162,7 @@ def rank_main(rank, world, port, folder):
     compute_cleanup()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path):
     mp.spawn(rank_main, (2, free_port(), str(tmp_path)), nprocs=2)
     two = json.loads((tmp_path / "result.json").read_text())
