@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
 sys.path.insert(0, str(HERE / "_ext"))
-# A backend from the environment, such as agg, would keep the figures out of the outputs.
+# A backend set in the environment, such as agg, would keep figures out of the outputs.
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 import author_year  # noqa: F401 (registers the bibliography's style)
 
@@ -50,7 +50,7 @@ nb_render_markdown_format = "myst"
 
 
 def fingerprint() -> str:
-    "Hash what a notebook's outputs depend on besides its own cells."
+    "Hash everything besides its own cells that a notebook's outputs depend on."
     digest = hashlib.sha256()
     sources = [("nanochat", "*.py"), ("rustbpe/src", "*.rs")]
     for folder, pattern in [*sources, ("dev/records", "*.*"), ("book/widgets", "*")]:
@@ -62,8 +62,8 @@ def fingerprint() -> str:
 
 
 nb_execution_cache_path = str(BUILD / f"cache-{fingerprint()}")
-# The kernels inherit these: small matrices want one thread, drawings are vectors, and
-# what a notebook writes stays in the build folder.
+# The kernels inherit these: small matrices need one thread, figures are vectors, and
+# files written by notebooks stay in the build folder.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["NANOCHAT_BASE_DIR"] = str(BUILD / "home")
@@ -112,11 +112,11 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 mathjax_path = "mathjax/tex-chtml.js"
 
-if tags.has("pdf"):  # noqa: F821 (Sphinx puts `tags` here)
+if tags.has("pdf"):  # type: ignore[name-defined]  # noqa: F821 (Sphinx puts it here)
     html_theme = "basic"
     html_theme_options = {}
     html_css_files = []
-    html_sidebars = {}
+    html_sidebars: dict = {}
     html_permalinks = False
 
 
@@ -124,8 +124,9 @@ def copy_mathjax(app, error):
     "Copy the 4 MB of MathJax that pages need (its extension would copy 24 MB)."
     if error or app.builder.format != "html" or app.builder.name == "singlehtml":
         return
-    origin = importlib.util.find_spec("sphinx-mathjax-offline").origin
-    source = Path(origin).parent / "static" / "mathjax"
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    assert spec and spec.origin, "pip install 'nanochat[book]' brings it"
+    source = Path(spec.origin).parent / "static" / "mathjax"
     target = Path(app.outdir) / "_static" / "mathjax"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "tex-chtml.js", target)
@@ -134,7 +135,7 @@ def copy_mathjax(app, error):
 
 
 def share_visitors(app):
-    "Let singlehtml use html's visitors too: sphinx-exercise's own would hide the rest."
+    "Let singlehtml use html's visitors too, which sphinx-exercise's own would hide."
     handlers = app.registry.translation_handlers
     handlers["singlehtml"] = handlers.get("html", {}) | handlers.get("singlehtml", {})
 

@@ -1,4 +1,4 @@
--- pandoc filter of pdf.py: what HTML says by class becomes a call of pdf.typ's functions.
+-- The pandoc filter of pdf.py: turns HTML classes into calls of pdf.typ's functions.
 
 local function raw(text) return pandoc.RawBlock('typst', text) end
 local function inline(text) return pandoc.RawInline('typst', text) end
@@ -34,7 +34,7 @@ function Div(div)
   if classes:includes('admonition') then
     local colour = 'teal'
     for _, name in ipairs(classes) do colour = colours[name] or colour end
-    local title = div.content:remove(1) -- never alone at a page's end
+    local title = div.content:remove(1) -- never alone at the end of a page
     blocks:insert(raw('#admon(' .. colour .. ')[#block(sticky: true)['))
     blocks:insert(title)
     return enclose(']', blocks, div.content)
@@ -46,7 +46,7 @@ function Div(div)
   return blocks
 end
 
--- Labels come from the divisions around headings; Sphinx numbers the headings.
+-- Labels come from the divs around headings; Sphinx numbers the headings.
 function Header(header)
   header.identifier = ''
   return header

@@ -1,4 +1,4 @@
-"""Set Sphinx's single HTML page as a PDF: BeautifulSoup, pandoc, Typst; all from wheels.
+"""Typeset Sphinx's single HTML page as a PDF: BeautifulSoup, pandoc, Typst, all from wheels.
 
     python book/pdf.py book/_build/single book/_build/nanochat-book.pdf
 
@@ -6,7 +6,6 @@ Every number (chapter, figure, equation, exercise) is the one that Sphinx printe
 that pandoc cannot convert or a link that leads nowhere makes the exit code 1.
 """
 
-import functools
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ HERE = Path(__file__).parent
 AUTHOR = "The nanochat book authors"
 LANGUAGES = {"ipython3": "python", "ipython": "python", "default": "python"}
 LANGUAGES |= {"none": "", "myst-ansi": "", "text": ""}
-# Symbols that pandoc still calls by the names they had before Typst 0.14.
+# Symbols for which pandoc still uses the names from before Typst 0.14.
 RENAMED = [
     (r"\b(dot|times|plus|minus|ast|div)\.circle\b", r"\1.o"),
     (r"\bangle\.(l|r)\b", r"chevron.\1"),
@@ -33,7 +32,7 @@ NOISE += ", .cell_output:has(.widget)"
 
 
 def clean_headings(body) -> None:
-    "Keep the front page's and the glossary's small headings out of the contents."
+    "Keep small headings of the front page and the glossary out of the contents."
     for heading in body.select("h2"):
         if not heading.find_parent(class_="toctree-wrapper"):
             heading.name = "h4"
@@ -56,8 +55,8 @@ def clean_links(body) -> None:
 
 
 def clean_notes(soup, body) -> None:
-    "One paragraph for each footnote and each work of the bibliography."
-    for tag in body.select("[role]"):  # else pandoc makes empty footnotes
+    "Turn each footnote and each entry of the bibliography into a paragraph."
+    for tag in body.select("[role]"):  # otherwise pandoc makes empty footnotes
         del tag["role"]
     for tag in body.select(".fn-bracket, .cite-bracket"):
         tag.unwrap()
@@ -80,7 +79,7 @@ def clean_notes(soup, body) -> None:
 
 
 def clean_code(soup, body) -> None:
-    "Give code back as plain text with its language; Typst colours it."
+    "Convert code to plain text with its language, for Typst to highlight."
     for block in body.select("div.highlight"):
         classes = block.parent.get("class", [])
 
@@ -103,11 +102,13 @@ def clean_code(soup, body) -> None:
 
 
 def clean_math(soup, body) -> None:
-    "One paragraph for each displayed formula; its number becomes an attribute."
+    "Turn each displayed formula into a paragraph with its number as an attribute."
     for div in body.select("div.math"):
         number = div.select_one(".eqno")
         number = number.extract().get_text().strip() if number else ""
-        formula = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)[1]
+        found = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)
+        assert found, f"an equation without a formula: {div}"
+        formula = found[1]
         div.clear()
         div["class"] = ["equation"]
         div["data-no"] = number
@@ -126,17 +127,18 @@ def embolden(soup, tag) -> None:
 
 
 def clean(html: str) -> tuple[str, str]:
-    "Return the page's body as pandoc can read it, and its title."
+    "Return the page's body in a form that pandoc can read, and its title."
     soup = BeautifulSoup(html, "lxml")
     body = soup.select_one("div.body") or soup.body
+    assert body, "a page without a body"
     clean_links(body)
     for tag in body.select(NOISE):
         tag.decompose()
     clean_headings(body)
-    for tag in body.select("summary"):  # 'Show code cell source': paper shows it anyway
+    for tag in body.select("summary"):  # 'Show code cell source': the PDF shows it anyway
         tag.decompose()
     clean_notes(soup, body)
-    for tag in body.select("details"):  # folded on the screen, open on paper
+    for tag in body.select("details"):  # folded on the screen, open in the PDF
         del tag["class"]
     for tag in body.select("details, section, aside"):
         tag.name = "div"
@@ -148,16 +150,19 @@ def clean(html: str) -> tuple[str, str]:
 
 
 def modern(line: str) -> str:
-    "Rename symbols in a line's formulas."
+    "Rename symbols in the formulas of a line."
 
     def formula(m):
-        return functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+        text = m[0]
+        for pattern, new in RENAMED:
+            text = re.sub(pattern, new, text)
+        return text
 
     return re.sub(r"(?<!\\)\$.+?(?<!\\)\$", formula, line)
 
 
 def to_typst(html: Path) -> tuple[str, list[str]]:
-    "Convert with pandoc; return the source and the links that lead nowhere."
+    "Convert with pandoc; return the Typst source and the broken links."
     # fmt: off
     command = [
         pypandoc.get_pandoc_path(), "-f", "html+tex_math_single_backslash", "-t", "typst",
@@ -179,7 +184,7 @@ def to_typst(html: Path) -> tuple[str, list[str]]:
 
 
 def main(source: str, out: str) -> None:
-    "Write the PDF; leave what Typst reads beside it."
+    "Write the PDF, keeping Typst's input next to it."
     began = time.time()
     pages = Path(source)
     body, title = clean((pages / "index.html").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Read the executed book and complain of what no reader should find in an output.
+"""Scan the executed book for anything that no reader should find in an output.
 
     python book/scan.py          after `make book`; `make check` runs it
 
@@ -19,25 +19,26 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = HERE.parent / "nbs"
 sys.path.insert(0, str(HERE / "_ext"))
 
-RULES = {  # what is wrong: how it looks in the text of an output
+RULES = {  # kind of problem: a pattern that matches it in an output's text
     "not a number": r"(?<![\w.'\"-])[-+−]?(?:nan|NaN|inf|Infinity|∞)(?![\w'-])",
     "traceback": r"Traceback \(most recent call last\)",
     "warning": r"\b[A-Za-z]*Warning\b: |^WARNING\b|\bwarnings?\.warn\(",
     "path of a machine": r"(?:/(?:root|home|work|tmp|private|Users)/|[A-Z]:\\\\?)[\w.-]+",
     "address of an object": r"\bat 0x[0-9a-f]{6,}|object>$",
 }
-NEAR = 0.01  # a number this near to a printed one, and not equal to it, is suspicious
+NEAR = 0.01  # a number this close to a printed one, but not equal to it, is suspicious
 
 
 @dataclass(frozen=True)
 class Complaint:
-    "One thing that a reader should not find."
+    "A problem that no reader should find."
 
     notebook: str  # the file's stem
     cell: str  # its id
@@ -48,7 +49,7 @@ class Complaint:
         return f"{self.notebook} [{self.cell}] {self.kind}: {self.text}"
 
 
-# Where the book shows such a thing on purpose: (cell id, kind) -> why.
+# Where the book shows such a problem on purpose: (cell id, kind) -> reason.
 ALLOWED = {
     ("2b50a3d7", "not a number"): "2: 70,000 is more than float16 can hold",
     ("b76274a1", "not a number"): "2: a mask is made of minus infinity",
@@ -73,7 +74,7 @@ ALLOWED = {
 
 
 def shown_text(output: dict) -> str:
-    "Return what a reader sees of an output as text; figures have none."
+    "Return the text that a reader sees in an output; figures have none."
     if output["output_type"] == "stream":
         return joined(output["text"])
     data = output.get("data", {})
@@ -81,19 +82,19 @@ def shown_text(output: dict) -> str:
         return ""
     for kind in ("text/html", "text/markdown", "text/plain"):
         if kind in data:
-            # A page's scripts and styles are not read, only what stands between them.
+            # Scripts and styles of a page are not shown, only what is between them.
             text = re.sub(r"(?s)<(script|style)\b.*?</\1>", " ", joined(data[kind]))
             return text if kind == "text/plain" else re.sub(r"<[^>]*>", " ", text)
     return ""
 
 
 def joined(text: str | list[str]) -> str:
-    "Return a string that a notebook file may hold as a list of lines."
+    "Return a notebook's text, which may be stored as a list of lines."
     return text if isinstance(text, str) else "".join(text)
 
 
 def is_hidden(cell: dict) -> bool:
-    "Tell whether the book leaves out what a cell prints."
+    "Return whether the book omits a cell's output."
     tags = cell.get("metadata", {}).get("tags", [])
     return bool({"remove-cell", "remove-output"} & set(tags))
 
@@ -106,12 +107,12 @@ def output_complaints(name: str, cell: dict) -> list[Complaint]:
             found.append(Complaint(name, cell["id"], "error", output["evalue"][:80]))
             continue
         text = shown_text(output)
-        # stderr is not printed in the book; of it only failures are of interest.
+        # The book does not show stderr; only failures in it matter.
         hidden = output.get("name") == "stderr" or is_hidden(cell)
         for kind, pattern in RULES.items():
             if hidden and kind not in ("traceback", "warning"):
                 continue
-            if match := re.search(pattern, text, re.M):  # one of a kind is enough
+            if match := re.search(pattern, text, re.M):  # one of each kind is enough
                 line = text[: match.end()].splitlines()[-1]
                 found.append(Complaint(name, cell["id"], kind, line.strip()[-80:]))
     return found
@@ -122,34 +123,34 @@ def output_complaints(name: str, cell: dict) -> list[Complaint]:
 NUMBER = re.compile(
     r"(?<![\w.,^/])[-−]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|(?<![\w.,^/])\d+\.?\d*"
 )
-# Links, code, formulas and directives hold numbers that claim nothing about a cell.
+# Numbers in links, code, formulas and directives make no claim about a cell.
 NOT_PROSE = re.compile(
     r"(?s)```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|`[^`\n]*`|\]\([^)]*\)|\{[\w:]+\}`[^`]*`"
 )
 
 
 def numbers(text: str) -> list[tuple[str, float]]:
-    "Return the numbers of a text, as written and as values."
+    "Return the numbers in a text, as written and as values."
     found = [match[0].rstrip(".") for match in NUMBER.finditer(text)]
     plain = [(x, x.replace(",", "").replace("−", "-")) for x in found]
     return [(written, float(value)) for written, value in plain]
 
 
 def digits(written: str) -> int:
-    "Count significant digits; closing zeros of whole numbers do not count."
+    "Count significant digits, without the trailing zeros of whole numbers."
     bare = re.sub(r"[,−-]", "", written)
     bare = bare if "." in bare else bare.rstrip("0")
     return len(bare.replace(".", "").lstrip("0"))
 
 
 def agrees(written: str, claimed: float, printed: float) -> bool:
-    "Tell whether a printed number, rounded as the prose rounds, is the claimed one."
+    "Return whether a printed number, rounded like the prose, is the claimed one."
     decimals = len(written.partition(".")[2])
     unit = 10.0**-decimals
     if not decimals:
         bare = re.sub(r"[,−-]", "", written)
         unit = 10.0 ** (len(bare) - len(bare.rstrip("0")))
-    # Half a unit either way, and percent for shares, thousands for thousandths.
+    # Allow half a unit, percent instead of fractions, and thousands for thousandths.
     return any(
         abs(claimed - printed * factor) <= 0.5001 * unit
         for factor in (1, 100, 1e3, 1e-3)
@@ -157,7 +158,7 @@ def agrees(written: str, claimed: float, printed: float) -> bool:
 
 
 def prose_complaints(name: str, prose: dict, outputs: str) -> list[Complaint]:
-    "Find numbers of a paragraph that nearly equal a number printed beside it."
+    "Find numbers in a paragraph that nearly equal a number printed next to it."
     text = NOT_PROSE.sub(" ", joined(prose["source"]))
     printed = [value for _, value in numbers(outputs)]
     found = []
@@ -189,7 +190,7 @@ def beside(cells: list[dict], place: int) -> str:
 
 
 def complaints(name: str, notebook: dict) -> list[Complaint]:
-    "Read one executed notebook; what is allowed is still in the list."
+    "Scan one executed notebook, without removing what is allowed."
     found = []
     cells = notebook["cells"]
     for place, cell in enumerate(cells):
@@ -201,7 +202,7 @@ def complaints(name: str, notebook: dict) -> list[Complaint]:
 
 
 def judge(found: list[Complaint], allowed: dict[tuple[str, str], str]) -> list[str]:
-    "Drop what is allowed; a permission that nothing needs is a complaint as well."
+    "Drop what is allowed; an unused permission becomes a problem itself."
     used = {(c.cell, c.kind) for c in found}
     told = [str(c) for c in found if (c.cell, c.kind) not in allowed]
     for key, reason in allowed.items():
@@ -211,19 +212,19 @@ def judge(found: list[Complaint], allowed: dict[tuple[str, str], str]) -> list[s
 
 
 def in_prose(kind: str) -> bool:
-    "Tell whether a complaint is about a number in prose."
-    # Times differ from run to run and come near to a number in prose by accident, so such
-    # a complaint asks somebody to look; it is no failure.
+    "Return whether a problem is a number in prose."
+    # Times differ from run to run and may come close to a number in prose by accident, so
+    # such a problem needs a look but is not a failure.
     return kind.endswith("in prose")
 
 
 def permissions(prose: bool) -> dict[tuple[str, str], str]:
-    "Return what is allowed of numbers in prose, or of everything else."
+    "Return the permissions for numbers in prose, or for everything else."
     return {key: why for key, why in ALLOWED.items() if in_prose(key[1]) is prose}
 
 
-def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed notebook
-    "Load the book's notebooks with the outputs that Sphinx has cached for them."
+def executed(folder: Path) -> dict[str, Any]:  # notebook's stem -> executed notebook
+    "Load the book's notebooks with the outputs that Sphinx has cached."
     from jupyter_cache import get_cache
     from nbdev_reader import read
 
@@ -238,7 +239,7 @@ def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed no
                 f"{file.name} has not been executed: run make book"
             ) from None
         outputs = iter(cache.get_cache_bundle(record.pk).nb.cells)
-        # The cache keeps code cells only; the paragraphs are in the file.
+        # The cache holds only code cells; the paragraphs are in the file.
         cached = [cell for cell in outputs if cell["cell_type"] == "code"]
         for cell in notebook.cells:
             if cell["cell_type"] == "code":
@@ -248,9 +249,10 @@ def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed no
 
 
 def cache_folder() -> Path:
-    "Return where conf.py tells Sphinx to keep the executed notebooks."
+    "Return the folder where Sphinx caches the executed notebooks."
     spec = importlib.util.spec_from_file_location("conf", HERE / "conf.py")
-    conf = importlib.util.module_from_spec(spec)
+    assert spec and spec.loader, "conf.py is a file"
+    conf: Any = importlib.util.module_from_spec(spec)
     conf.tags = SimpleNamespace(has=lambda tag: False)  # Sphinx would provide it
     with patch.dict(os.environ):  # conf.py sets variables for the kernels
         spec.loader.exec_module(conf)
@@ -258,7 +260,7 @@ def cache_folder() -> Path:
 
 
 def main() -> int:
-    "Scan the book, print the complaints, return the exit code."
+    "Scan the book, print the problems and return the exit code."
     folder = cache_folder()
     if not folder.exists():
         print(f"no executed book in {folder.name}: run make book")

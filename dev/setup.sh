@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv ready; the second run finds nothing to do and needs no network.
+# Set up .venv; a second run has nothing to do and needs no network.
 #
-#   bash dev/setup.sh run    what the pipeline needs (speedrun.sh calls this)
+#   bash dev/setup.sh run    everything the pipeline needs (speedrun.sh calls this)
 #   bash dev/setup.sh dev    the same, plus tests, linters and the book (make calls this)
 #
-# Exit code 2 means: something of the system is missing; the last lines say what to type.
+# Exit code 2 means that a system package is missing; the last lines say what to type.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,12 +19,12 @@ fail() {
     exit 2
 }
 
-# ---- 1. Is there anything to do? The stamp is the hash of all that was installed from.
+# ---- 1. Is there anything to do? The stamp is a hash of everything the installation used.
 key() {
     cat pyproject.toml requirements/*.txt dev/setup.sh rustbpe/Cargo.* \
         $(find rustbpe/src -name '*.rs' | LC_ALL=C sort) | cksum
 }
-imports() { # the modules that must be findable: a stamp may outlive what it stands for
+imports() { # checks that the modules exist: a stamp may outlive what it stands for
     local modules='"torch", "tyro", "rustbpe", "nanochat"'
     [ "$level" = run ] || modules="$modules, \"nbdev\", \"pytest\", \"myst_nb\""
     printf 'from importlib.util import find_spec as f\nassert all(map(f, [%s]))' "$modules"
@@ -33,7 +33,7 @@ fresh() {
     local stamp=$venv/.stamp-$1
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(key)" ]
 }
-# A book needs Python 3.11; the package does not, so on 3.10 the extra installs nothing.
+# The book needs Python 3.11; the package does not, so on 3.10 the extra installs nothing.
 if { fresh "$level" || fresh dev; } && "$python" -c "$(imports)" 2>/dev/null; then
     exit 0
 fi
@@ -44,8 +44,8 @@ case $level in
 esac
 began=$SECONDS
 
-# ---- 2. System packages: install them as root, else say how.
-need() { # need WHAT PACKAGE... : WHY in words, then Debian's names
+# ---- 2. System packages: install them if root, otherwise say how.
+need() { # need WHAT PACKAGE... : what is missing, then the Debian packages
     local what=$1
     shift
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
@@ -60,7 +60,7 @@ need() { # need WHAT PACKAGE... : WHY in words, then Debian's names
     fi
 }
 
-usable() { # an interpreter that runs, is 3.10 to 3.13, and is not a shim to nothing
+usable() { # whether an interpreter runs (shims may not) and is Python 3.10 to 3.13
     "$1" -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13)' 2>/dev/null
 }
 find_python() {
@@ -76,7 +76,7 @@ find_python() {
 
 if ! "$python" -c "" 2>/dev/null; then
     base=$(find_python) || { need "Python 3.10 to 3.13" python3 python3-venv; base=$(find_python); } \
-        || fail "no Python from 3.10 to 3.13 found; set PYTHON=/path/to/python3.12"
+        || fail "no Python 3.10 to 3.13 found: set PYTHON=/path/to/python3.12"
     version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$base" -c "import ensurepip, venv" 2>/dev/null \
         || need "the venv module of Python $version" "python$version-venv"
@@ -85,19 +85,19 @@ if ! "$python" -c "" 2>/dev/null; then
 fi
 command -v cc >/dev/null || need "a C compiler" gcc libc6-dev
 
-# The room in which HumanEval runs what a model wrote. All else works without it.
+# bubblewrap sandboxes the generated programs of HumanEval. All else works without it.
 if [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null; then
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
         say "installing bubblewrap"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
             apt-get install -y -qq --no-install-recommends bubblewrap; } >/dev/null \
-            || say "without bubblewrap HumanEval is left out"
+            || say "HumanEval will be skipped, because bubblewrap is missing"
     else
-        say "without bubblewrap HumanEval is left out: sudo apt-get install -y bubblewrap"
+        say "HumanEval will be skipped without bubblewrap: sudo apt-get install -y bubblewrap"
     fi
 fi
 
-# ---- 3. uv, from the virtual environment itself.
+# ---- 3. uv, inside the virtual environment.
 if ! "$python" -m uv --version >/dev/null 2>&1; then
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
     pin=$(grep -h '^uv==' requirements/*.txt | cut -d' ' -f1)
@@ -105,13 +105,13 @@ if ! "$python" -m uv --version >/dev/null 2>&1; then
     "$python" -m pip install -q --disable-pip-version-check "${pin:-uv}"
 fi
 
-# ---- 4. Rust: one on the path, rustup's, Debian's, or one that maturin can fetch.
-recent() { # recent CARGO : at least $rust_needed
+# ---- 4. Rust: from the path, from rustup, or from Debian.
+recent() { # recent CARGO : whether it is at least $rust_needed
     local have
     have=$("$1" --version 2>/dev/null | cut -d' ' -f2) || return 1
     [ "$(printf '%s\n%s\n' "$rust_needed" "$have" | sort -V | head -n1)" = "$rust_needed" ]
 }
-candidate() { # candidate PACKAGE : Debian's newest version of it, if recent enough
+candidate() { # candidate PACKAGE : whether Debian's newest version is recent enough
     local v
     v=$(apt-cache policy "$1" 2>/dev/null | sed -n 's/ *Candidate: *//p')
     [ -n "$v" ] && [ "$v" != "(none)" ] && dpkg --compare-versions "$v" ge "$rust_needed"
@@ -121,8 +121,8 @@ if ! recent cargo; then
     packages=""
     if command -v apt-get >/dev/null; then
         [ "$(id -u)" != 0 ] || apt-get update -qq >/dev/null 2>&1 || true
-        # Debian keeps `cargo` at the release's age and a newer `cargo-web` for browsers;
-        # their version numbers follow different rules, so both ask for rustc's.
+        # Debian keeps an old `cargo` and a newer `cargo-web`, which it needs for browsers;
+        # their version numbers follow different schemes, so compare rustc's.
         for suffix in "" -web; do
             if candidate "rustc$suffix"; then
                 packages="rustc$suffix cargo$suffix"
@@ -140,7 +140,7 @@ if ! recent cargo; then
 and then this command again."
 fi
 
-# ---- 5. The package, its crate and the pinned versions of everything else.
+# ---- 5. The package, its crate, and pinned versions of everything else.
 size=""
 compgen -G "$venv/lib/python3*/site-packages/torch" >/dev/null \
     || size=" (some 3 GB, most of it PyTorch)"
@@ -150,16 +150,16 @@ install() {
         --constraint requirements/constraints.txt --constraint requirements/torch.txt \
         -e ".$extras"
 }
-# Without a network the second attempt is content with what was downloaded before.
+# Without a network, the second attempt uses what was downloaded before.
 install || { say "trying again without the network" && install --offline; }
 if [ "$level" = dev ]; then
     cargo fetch -q --locked --manifest-path rustbpe/Cargo.toml
-    # The names that nbdev's commands had before version 3; many people type these.
+    # The names of nbdev's commands before version 3, which many people still type.
     for tool in export test clean; do
         ln -sf "nbdev-$tool" "$venv/bin/nbdev_$tool"
     done
 fi
 
-# ---- 6. Remember it.
+# ---- 6. Write the stamp.
 key >"$venv/.stamp-$level"
 say "ready in $((SECONDS - began)) s"

@@ -31,9 +31,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from .common import UserError
@@ -47,10 +47,18 @@ except ImportError:  # Windows
 class KeepLinked(HTTPRedirectHandler):
     "Follow redirects, and keep the size and digest that the hub sends with them."
 
-    def __init__(self):
-        self.linked = {}
+    def __init__(self) -> None:
+        self.linked: dict[str, str] = {}
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> Request | None:
         "Record size and digest, then redirect as usual."
         for key in ("Size", "ETag"):
             if value := headers.get(f"X-Linked-{key}"):
@@ -59,7 +67,7 @@ class KeepLinked(HTTPRedirectHandler):
 
 
 def whole_size(
-    reply,  # the server's response, with headers
+    reply: HTTPResponse,  # the server's response
     linked: dict[str, str],  # headers that the hub sent with a redirect
     have: int,  # bytes already in the part that the reply continues
 ) -> int | None:  # bytes; None: not known
@@ -72,7 +80,7 @@ def whole_size(
 
 
 def told_sha256(
-    reply,  # the server's response, with headers
+    reply: HTTPResponse,  # the server's response
     linked: dict[str, str],  # headers that the hub sent with a redirect
 ) -> str:  # 64 hexadecimal digits; "": not known
     "Return the digest from the ETag, which for large files on the hub is the SHA-256."
@@ -141,7 +149,7 @@ def take_lock(file: TextIO) -> None:
 
     while True:
         try:
-            return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+            return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         except OSError:
             continue  # Windows gives up after ten seconds; we keep trying
 
@@ -288,7 +296,7 @@ def fetch(
     return target
 
 # %% ../nbs/appendix_download.ipynb #0a89920c
-def checksums(bases: list[str], **options) -> dict[str, str]:  # name -> sha256
+def checksums(bases: list[str], **options: Any) -> dict[str, str]:  # name -> sha256
     "Read SHA256SUMS from the mirrors; empty if they have none."
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -310,7 +318,7 @@ def fetch_all(
     folder: Path,
     workers: int = 4,  # parallel connections
     check: Callable[[Path], None] = accept,  # raises ValueError
-    **options,  # attempts, timeout and pause, passed to `fetch`
+    **options: Any,  # attempts, timeout and pause, passed to `fetch`
 ) -> None:
     "Download files in parallel. Raises UserError with the reason for the first failure."
     missing = [name for name in names if not (folder / name).exists()]

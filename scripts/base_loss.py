@@ -1,4 +1,4 @@
-"""Measure a base model without the few-shot tasks: base_eval, as nanochat called it.
+"""Evaluate a base model without the few-shot tasks: nanochat's name for that part of base_eval.
 
 python -m scripts.base_loss
 torchrun --standalone --nproc_per_node=8 -m scripts.base_loss

@@ -1,6 +1,6 @@
 """Talk to a trained model in the terminal.
 
-python -m scripts.chat_cli                       a conversation; /clear starts anew, /quit ends it
+python -m scripts.chat_cli                       a conversation; /clear starts over, /quit ends it
 python -m scripts.chat_cli -p "What is a noun?"  one reply
 """
 

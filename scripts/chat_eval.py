@@ -1,4 +1,4 @@
-"""Examine a chat model on tasks with a grader.
+"""Evaluate a chat model on tasks with a grader.
 
 python -m scripts.chat_eval --source sft
 python -m scripts.chat_eval --source rl --tasks "Arithmetic|Spelling"

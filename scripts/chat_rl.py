@@ -1,4 +1,4 @@
-"""Improve a fine-tuned model by practice with a checker (REINFORCE, group baseline).
+"""Improve a chat model by reinforcement learning (REINFORCE with a group baseline).
 
 python -m scripts.chat_rl
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --task GSM8K

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: learn only from what the assistant says.
+"""Fine-tune a model on the assistant's words only (supervised fine-tuning).
 
 python -m scripts.chat_sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft

@@ -1,4 +1,4 @@
-"""Write a trained model as a Hugging Face folder.
+"""Export a trained model as a Hugging Face folder.
 
 python -m scripts.export_hf --folder=my-model
 """

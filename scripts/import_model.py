@@ -1,4 +1,4 @@
-"""Take over a model from a Hugging Face folder or from nanochat's own files.
+"""Import a model from a Hugging Face folder or from nanochat's own files.
 
 python -m scripts.import_model --folder=nanochat-d32
 """

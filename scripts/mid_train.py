@@ -1,4 +1,4 @@
-"""Midtraining: teach a pretrained model the form of a conversation.
+"""Teach a pretrained model the format of conversations (midtraining).
 
 python -m scripts.mid_train
 torchrun --standalone --nproc_per_node=8 -m scripts.mid_train

@@ -1,4 +1,4 @@
-"""Build report.md and report.html from what the stages have saved.
+"""Build report.md and report.html from the results that the stages saved.
 
 python -m scripts.report
 """

@@ -1,4 +1,4 @@
-"""Run the whole pipeline, from text to a chat; `bash speedrun.sh` sets up and calls this.
+"""Run the whole pipeline, from text to chat; `bash speedrun.sh` sets up and runs this.
 
 python -m scripts.speedrun
 python -m scripts.speedrun --preset cpu

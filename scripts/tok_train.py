@@ -1,7 +1,7 @@
-"""Train the tokenizer on the training text, the training chats and numbers.
+"""Train the tokenizer on the training text, the training conversations and numbers.
 
 python -m scripts.tok_train --vocab-size 65536 --max-chars 2000000000
-python -m scripts.tok_train --pickle tokenizer.pkl    take over nanochat's, unexecuted
+python -m scripts.tok_train --pickle tokenizer.pkl    import nanochat's, without executing it
 """
 
 from nanochat.common import run_cli

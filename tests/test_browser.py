@@ -226,7 +226,7 @@ def test_split_widget_strikes_out_what_nothing_matches(page):
     rules = [[rule, rule] for rule in RULES]
     show_widget(page, "split.html", {"text": "go 12!", "rules": rules})
     page.locator("input").nth(2).uncheck()
-    lost = page.locator(".chunks code[title='matched by nothing']")
+    lost = page.locator(".chunks code[title='not matched']")
     assert lost.all_text_contents() == ["12"]
 
 
@@ -619,8 +619,8 @@ def test_ravine_widget_walks_as_python_does(page):
     page.get_by_label("Condition number, logarithmic").fill("2.3")
     page.get_by_label("Steps", exact=True).fill("100")
     check_ravine(page, 200, 100, RATES)
-    sync_api.expect(page.locator(".end").first).to_have_text("runs away")
-    page.get_by_role("button", name="Best in theory").press("Enter")
+    sync_api.expect(page.locator(".end").first).to_have_text("diverges")
+    page.get_by_role("button", name="Best rates in theory").press("Enter")
     root = 200**0.5
     r = (root - 1) / (root + 1)
     best = {
@@ -649,13 +649,13 @@ def test_a_walk_that_overflows_is_never_the_lowest(page):
     shown = json.loads(page.locator(".ravine-widget").get_attribute("data-result"))
     descent = shown["gradient descent"]
     assert descent["rate"] == 10 and descent["losses"][-1] is None  # JSON's NaN
-    sync_api.expect(page.locator(".end").first).to_have_text("runs away")
+    sync_api.expect(page.locator(".end").first).to_have_text("diverges")
     page.get_by_label("Learning rate of momentum").press("End")
     page.get_by_label("Learning rate of Nesterov").press("End")
     said = page.locator(".sum")
     sync_api.expect(said).to_contain_text("loss (bold) of Adam is lowest")
     page.get_by_label("Show Adam").uncheck()
-    sync_api.expect(said).to_contain_text("every method shown has run away")
+    sync_api.expect(said).to_contain_text("every method shown diverges")
     assert "NaN" not in page.locator(".ravine-widget").inner_html()
 
 
@@ -727,7 +727,7 @@ def test_packing_widget_packs_as_the_loader_does(page):
     dice = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 1500, (30,), generator=dice).tolist()
     show_widget(page, "packing.html", {"lengths": lengths, "T": 1024})
-    fields = ("Tokens in a row, T", "Rows, at most", "Documents that wait")
+    fields = ("Tokens per row, T", "Maximum rows", "Waiting documents")
 
     def check(*expected) -> None:
         assert [int(page.get_by_label(f).input_value()) for f in fields] == [*expected]

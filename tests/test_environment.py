@@ -1,6 +1,5 @@
 """Every command under odd environments: it works or says what is wrong, in one line."""
 
-import json
 import os
 import subprocess
 import sys
@@ -53,24 +52,8 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    "A process that has imported what the commands need, and forks for each."
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield child
-    child.stdin.close()
-    child.wait()
-
-
 @pytest.fixture
-def in_a_fork(server):
+def in_a_fork(fork_server):
     "Return a function that runs `nanochat ARGV` in a changed environment."
 
     def run(
@@ -78,10 +61,8 @@ def in_a_fork(server):
     ) -> tuple[int, str]:
         out = folder / "out.txt"
         job = {"argv": argv, "environment": change, "umask": umask}
-        job |= {"folder": str(folder), "out": str(out)}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline()), out.read_text(errors="replace")
+        job |= {"folder": str(folder), "out": str(out), "err": str(out)}
+        return fork_server(job | {"stdin": os.devnull}), out.read_text(errors="replace")
 
     return run
 

@@ -514,12 +514,12 @@ def test_a_damaged_file_is_named(tmp_path):
     [
         ("{", "not JSON"),
         ('{"messages": 3}', "list of messages"),
-        ('[{"role": "user", "content": "a"}]', "alternate"),
+        ('[{"role": "user", "content": "a"}]', "end with 'assistant'"),
         (
             '[{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]',
-            "al",
+            "message 0 has role 'assistant'",
         ),
-        ('[["user", "a"]]', "role and content"),
+        ('[["user", "a"]]', "message 0 needs the keys 'role' and 'content'"),
     ],
 )
 def test_bad_conversations_are_named_by_line(tmp_path, line, message):

@@ -1,4 +1,4 @@
-"""A bibliography whose labels are what the text cites: surname and year, [Miller, 2024]."""
+"""A bibliography style with the labels used in citations: surname and year, [Miller, 2024]."""
 
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.plain import Style
@@ -6,11 +6,11 @@ from pybtex.style.labels import BaseLabelStyle
 
 
 class Labels(BaseLabelStyle):
-    "One author, two authors, or the first `et al.`, then the year."
+    "Format labels as one author, two authors, or the first `et al.`, then the year."
 
     def format_labels(self, entries):
         labels = list(map(self.label, entries))
-        for i, label in enumerate(labels):  # the same again: 2025, 2025b, 2025c
+        for i, label in enumerate(labels):  # duplicates: 2025, 2025b, 2025c
             yield label + " bcdefg"[labels[:i].count(label)].strip()
 
     def label(self, entry) -> str:

@@ -10,7 +10,7 @@ import re
 import nbformat
 
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*([\w-]+):?\s*(.*?)\s*$")
-# A directive on the left gives the cell the tags on the right.
+# The directive on the left gives a cell the tags on the right.
 TAGS = {
     "hide": ["remove-cell"],
     "hide_input": ["remove-input"],
@@ -47,7 +47,7 @@ def module_file(directives: dict[str, str], default: str = "") -> str:
 
 
 def read(text: str) -> nbformat.NotebookNode:
-    "Return the notebook as MyST-NB shall see it."
+    "Return the notebook in the form that MyST-NB expects."
     notebook = nbformat.reads(text, as_version=4)
     default = ""
     for cell in notebook.cells:

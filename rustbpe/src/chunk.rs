@@ -1,4 +1,4 @@
-//! Short chunks as numbers: maps of chunks, and a table of what they became.
+//! Short chunks as numbers: maps of chunks, and a cache of their tokens.
 //!
 //! Text repeats itself: a few thousand words make up most of it, and nearly all are
 //! short. A chunk of at most fifteen bytes fits into one 128-bit number together with
@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 /// Longest chunk, in bytes, that has a key.
 const LONGEST: usize = 15;
 
-/// The first `n` bytes of a text and, in the topmost byte, `n`; none above `LONGEST`.
+/// Pack the first `n` bytes of a text, and `n` in the top byte; `None` above `LONGEST`.
 #[inline]
 pub(crate) fn key(rest: &[u8], n: usize) -> Option<u128> {
     if n > LONGEST {
@@ -31,7 +31,7 @@ pub(crate) fn key(rest: &[u8], n: usize) -> Option<u128> {
     Some((window & ((1 << (8 * n)) - 1)) | (n as u128) << (8 * LONGEST))
 }
 
-/// The bytes that a key stands for.
+/// Unpack the bytes of a key.
 pub(crate) fn unkey(key: u128) -> Box<[u8]> {
     let bytes = key.to_le_bytes();
     bytes[..bytes[LONGEST] as usize].into()
@@ -39,10 +39,10 @@ pub(crate) fn unkey(key: u128) -> Box<[u8]> {
 // [/key]
 
 // [table]
-/// A map from keys that keeps them in the order in which they came, like Python's dict.
+/// A hash map from keys that keeps insertion order, like Python's dict.
 ///
-/// `index` is searched from a key's place to the next free one (0); the numbers in it
-/// count `keys` from 1. What came first is met most often, and lies close together.
+/// `index` is searched from a key's slot to the next free one (0); its numbers count
+/// `keys` from 1. The keys that came first are the most frequent, and close together.
 #[derive(Debug, Clone)]
 pub(crate) struct Table<V> {
     index: Vec<u32>,
@@ -50,7 +50,7 @@ pub(crate) struct Table<V> {
     values: Vec<V>,
 }
 
-/// Mix all bits of a key into the few that choose its place among `places`, a power of 2.
+/// Mix all bits of a key into the few that choose one of `places` slots, a power of 2.
 #[inline]
 fn place(key: u128, places: usize) -> usize {
     let high = ((key >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -66,7 +66,7 @@ impl<V: Copy + Default> Default for Table<V> {
 }
 
 impl<V: Copy + Default> Table<V> {
-    /// The place of a key in `index`, and its number, 0 if it is new.
+    /// Return the slot of a key in `index`, and its number, or 0 if it is new.
     #[inline]
     fn find(&self, key: u128) -> (usize, usize) {
         let mut at = place(key, self.index.len());
@@ -79,14 +79,14 @@ impl<V: Copy + Default> Table<V> {
         }
     }
 
-    /// The value of a key.
+    /// Return the value of a key.
     #[inline]
     pub fn get(&self, key: u128) -> Option<V> {
         let (_, number) = self.find(key);
         number.checked_sub(1).map(|i| self.values[i])
     }
 
-    /// The same to change; a key that is new has the default value.
+    /// Return a key's value for modification; a new key gets the default value.
     #[inline]
     pub fn entry(&mut self, key: u128) -> &mut V {
         let (at, mut number) = self.find(key);
@@ -114,7 +114,7 @@ impl<V: Copy + Default> Table<V> {
         self.keys.len()
     }
 
-    /// All keys with their values.
+    /// Iterate over all keys with their values.
     pub fn iter(&self) -> impl Iterator<Item = (u128, V)> + '_ {
         self.keys.iter().copied().zip(self.values.iter().copied())
     }
@@ -136,7 +136,7 @@ impl<L, V: Copy + Default> Default for ChunkMap<L, V> {
 }
 
 impl<L: Hash + Eq + Borrow<[u8]>, V: Copy + Default> ChunkMap<L, V> {
-    /// The value of the first `n` bytes of `rest`.
+    /// Return the value of the chunk that is the first `n` bytes of `rest`.
     pub fn get(&self, rest: &[u8], n: usize) -> Option<V> {
         match key(rest, n) {
             Some(key) => self.short.get(key),
@@ -144,7 +144,7 @@ impl<L: Hash + Eq + Borrow<[u8]>, V: Copy + Default> ChunkMap<L, V> {
         }
     }
 
-    /// The same to change; a chunk that is new has the default value.
+    /// Return its value for modification; a new chunk gets the default value.
     #[inline]
     pub fn entry<'t>(&mut self, rest: &'t [u8], n: usize) -> &mut V
     where
@@ -159,24 +159,24 @@ impl<L: Hash + Eq + Borrow<[u8]>, V: Copy + Default> ChunkMap<L, V> {
 // [/map]
 
 // [cache]
-/// Stands where there is no further token.
+/// Marks the end of a list of tokens.
 pub(crate) const NONE: Id = Id::MAX;
 
-/// The tokens, at most four, of chunks met lately that are no tokens themselves.
+/// The tokens, at most four, of recently seen chunks that are not tokens themselves.
 #[derive(Debug, Default)]
 pub(crate) struct Cache(Table<[Id; 4]>);
 
-/// So many chunks, about three megabytes, and a cache forgets them all.
+/// A cache with this many chunks, about three megabytes, forgets them all.
 const FULL: usize = 1 << 16;
 
 impl Cache {
-    /// The tokens of a chunk, filled up with `NONE`, if they are here.
+    /// Return the tokens of a chunk, padded with `NONE`, if they are cached.
     #[inline]
     pub fn get(&self, key: u128) -> Option<[Id; 4]> {
         self.0.get(key)
     }
 
-    /// Remember the tokens of a chunk.
+    /// Store the tokens of a chunk.
     pub fn put(&mut self, key: u128, ids: [Id; 4]) {
         if self.0.keys.len() == FULL {
             self.0 = Table::default();
@@ -187,12 +187,12 @@ impl Cache {
 // [/cache]
 
 // [pool]
-/// Tables at rest, at most as many as threads have ever been at work at once.
+/// Unused tables, at most as many as threads have ever worked at the same time.
 #[derive(Debug, Default)]
 pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
 impl<T: Default> Pool<T> {
-    /// Lend a table to `work`, one that has been used before if there is one.
+    /// Lend a table to `work`, one that has been used before if possible.
     pub fn lend<R>(&self, work: impl FnOnce(&mut T) -> R) -> R {
         let rested = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut table = rested.unwrap_or_default();
@@ -201,7 +201,7 @@ impl<T: Default> Pool<T> {
         result
     }
 
-    /// All tables.
+    /// Return all tables.
     pub fn into_inner(self) -> Vec<T> {
         self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
     }

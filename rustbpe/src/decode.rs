@@ -1,9 +1,9 @@
-//! Step 4: bytes that arrive in pieces, and the characters they make.
+//! Step 4: turn bytes that arrive in pieces into whole characters.
 //!
-//! A token may end in the middle of a character. Who shows a reply while it is written
-//! must keep such bytes back until the rest has come, and must not keep them for ever:
-//! bytes that can no longer become a character are replaced by U+FFFD, the longest
-//! beginning of a character at once, as Unicode recommends and Python does.
+//! A token may end in the middle of a character. A program that shows a reply while it
+//! is generated must hold such bytes back until the rest arrives, but not forever: bytes
+//! that can no longer become a character are replaced by U+FFFD, one for each longest
+//! prefix of a character, as Unicode recommends and Python does.
 
 // [stream]
 /// Holds back the bytes of an unfinished character.
@@ -13,7 +13,7 @@ pub struct Utf8Stream {
 }
 
 impl Utf8Stream {
-    /// Take some bytes; return the characters that are complete.
+    /// Add some bytes; return the characters that are now complete.
     pub fn push(&mut self, bytes: &[u8]) -> String {
         self.pending.extend_from_slice(bytes);
         let mut text = String::new();
@@ -35,13 +35,13 @@ impl Utf8Stream {
         text
     }
 
-    /// Nothing follows; return a replacement character if something was held back.
+    /// End the stream; return a replacement character if bytes were held back.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 }
 
-/// Can more bytes turn this into a character? (Then the error has no length.)
+/// Return whether more bytes can complete a character; then the error has no length.
 fn may_go_on(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
@@ -51,7 +51,7 @@ fn may_go_on(bytes: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// Every way to cut some bytes in two gives what the whole gives.
+    /// Cutting bytes in two anywhere gives the same text as the whole.
     #[test]
     fn cuts_do_not_matter() {
         let samples: [&[u8]; 6] = [

@@ -1,10 +1,10 @@
-//! Step 3: text to tokens and back.
+//! Step 3: convert text to tokens and back.
 //!
-//! Inside a chunk, the pair of neighbours whose merge has the lowest rank is merged
-//! first, the leftmost one among equals, until no pair is left that makes a token.
+//! Inside a chunk, the adjacent pair whose merge has the lowest rank is merged first,
+//! the leftmost one among equals, until no adjacent pair forms a token.
 //!
-//! A pair may be merged when its bytes together are a token. (This is tiktoken's rule.
-//! For ranks that come from training it says the same as "when this pair was learned".)
+//! A pair may be merged if its bytes together are a token. (This is tiktoken's rule. For
+//! ranks that come from training, it is equivalent to "if this pair was learned".)
 
 use crate::chunk::{key, Cache, ChunkMap, Pool, NONE};
 use crate::{Error, Id, Pair, Result, Splitter};
@@ -28,7 +28,7 @@ pub struct Tokenizer {
 
 // [build]
 impl Tokenizer {
-    /// The 256 bytes and one token per merge, in the order of the merges.
+    /// Build a vocabulary of the 256 bytes and one token per merge, in order.
     pub fn new(merges: Vec<Pair>, pattern: &str) -> Result<Self> {
         let mut tokens: Vec<Box<[u8]>> = (0..=255).map(|b| [b].into()).collect();
         for pair in merges {
@@ -41,7 +41,7 @@ impl Tokenizer {
         Self::from_tokens(tokens, pattern)
     }
 
-    /// A vocabulary from its tokens in the order of their ids.
+    /// Build a vocabulary from its tokens, in the order of their ids.
     pub fn from_tokens(tokens: Vec<Box<[u8]>>, pattern: &str) -> Result<Self> {
         let splitter = Splitter::new(pattern)?;
         let mut ids = ChunkMap::default();
@@ -63,10 +63,10 @@ impl Tokenizer {
     }
 }
 
-/// Every pair of tokens whose bytes together are a token, with that token's id.
+/// Return every pair of tokens whose bytes together are a token, with that token's id.
 ///
-/// A token is cut only where both parts have the length of some token. To look every
-/// beginning up would hash half a terabyte for one token of a megabyte.
+/// A token is cut only where both parts have the length of some token. Looking up every
+/// prefix would hash half a terabyte for one token of a megabyte.
 fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair, Id> {
     let longest = tokens.iter().map(|token| token.len()).max().unwrap_or(0);
     let mut exists = vec![false; longest + 1];
@@ -93,12 +93,12 @@ fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair,
 
 // [encode]
 impl Tokenizer {
-    /// The tokens in the order of their ids.
+    /// Return the tokens in the order of their ids.
     pub fn tokens(&self) -> &[Box<[u8]>] {
         &self.tokens
     }
 
-    /// The split pattern.
+    /// Return the split pattern.
     pub fn pattern(&self) -> &str {
         self.splitter.pattern()
     }
@@ -118,8 +118,8 @@ impl Tokenizer {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
-    /// Encode many texts on all cores: all ids in a row, each changed by `pack`, and
-    /// where the ids of each text end.
+    /// Encode many texts on all cores: return all ids concatenated, each converted by
+    /// `pack`, and where the ids of each text end.
     pub fn encode_flat<S: AsRef<str> + Sync, T: Copy + Send + Sync>(
         &self,
         texts: &[S],
@@ -138,7 +138,7 @@ impl Tokenizer {
         Ok((rows.concat(), ends.collect()))
     }
 
-    /// Encode one text behind what is in `out` already.
+    /// Encode one text and append its ids to `out`.
     pub fn encode_into(&self, text: &str, out: &mut Vec<Id>) -> Result<()> {
         self.caches.lend(|cache| {
             let visit =
@@ -162,7 +162,7 @@ impl Tokenizer {
         }
     }
 
-    /// Append the tokens of a chunk that the cache does not have, and put them there.
+    /// Append the tokens of a chunk that is not in the cache, and store them there.
     #[inline(never)]
     fn remember(&self, cache: &mut Cache, key: u128, chunk: &[u8], out: &mut Vec<Id>) {
         let start = out.len();
@@ -185,7 +185,7 @@ impl Tokenizer {
         }
     }
 
-    /// The bytes of a list of tokens. They need not be valid UTF-8.
+    /// Return the bytes of a list of tokens, which need not be valid UTF-8.
     pub fn decode(&self, ids: &[Id]) -> Result<Vec<u8>> {
         let mut out = Vec::with_capacity(ids.len() * 4);
         for &id in ids {
@@ -202,12 +202,12 @@ impl Tokenizer {
 const SHORT: usize = 100;
 
 impl Tokenizer {
-    /// Scan for the lowest rank, merge there, repeat: quadratic, fastest when short.
+    /// Scan for the lowest rank, merge there, repeat: quadratic, but fastest if short.
     fn merge_short(&self, chunk: &[u8], out: &mut Vec<Id>) {
         let start = out.len();
         out.extend(chunk.iter().map(|&b| self.bytes[b as usize]));
         let rank = |a: Id, b: Id| self.merges.get(&(a, b)).copied().unwrap_or(NONE);
-        // ranks[i] belongs to the pair (i, i + 1); the last id has no right neighbour.
+        // ranks[i] belongs to the pair (i, i + 1); the last id has no right neighbor.
         let mut ranks = [NONE; SHORT];
         for i in 1..chunk.len() {
             ranks[i - 1] = rank(out[start + i - 1], out[start + i]);
@@ -233,11 +233,11 @@ impl Tokenizer {
 
 // [long]
 impl Tokenizer {
-    /// A heap of candidates over a linked list: O(n log n) for a chunk of any length.
+    /// Merge with a heap of candidates over a linked list: O(n log n) for any length.
     fn merge_long(&self, chunk: &[u8], out: &mut Vec<Id>) {
         let n = chunk.len();
         let mut ids: Vec<Id> = chunk.iter().map(|&b| self.bytes[b as usize]).collect();
-        // Neighbours in the list; n stands for "none".
+        // Neighbors in the list; n stands for "none".
         let mut next: Vec<usize> = (1..=n).collect();
         let mut prev: Vec<usize> =
             (0..n).map(|i| i.checked_sub(1).unwrap_or(n)).collect();
@@ -250,7 +250,7 @@ impl Tokenizer {
             .filter_map(|i| rank(&ids, i, i + 1).map(|r| Reverse((r, i))))
             .collect();
         while let Some(Reverse((best, i))) = heap.pop() {
-            // Stale where the left part is gone, or has other neighbours than it had.
+            // Skip a stale candidate: its left part is gone or has a different neighbor.
             if !alive[i] || rank(&ids, i, next[i]) != Some(best) {
                 continue;
             }

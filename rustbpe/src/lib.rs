@@ -1,8 +1,8 @@
-//! Byte pair encoding in steps, each in a file of its own.
+//! Byte pair encoding in four steps, each in its own file.
 //!
 //! 1. [`split`] cuts text into chunks that no token may cross.
-//! 2. [`train`] counts the chunks and learns merges, most frequent pair first.
-//! 3. [`encode`] replays the merges on new text, and undoes them.
+//! 2. [`train`] counts the chunks and learns merges, the most frequent pair first.
+//! 3. [`encode`] applies the merges to new text, and decodes tokens.
 //! 4. [`decode`] turns bytes that arrive in pieces into whole characters.
 //!
 //! ```
@@ -39,10 +39,10 @@ pub use train::Trainer;
 
 use std::fmt;
 
-/// The number of a token: bytes are 0 to 255, the k-th merge is 256 + k.
+/// The id of a token: bytes are 0 to 255, the k-th merge is 256 + k.
 pub type Id = u32;
 
-/// Two tokens that stand next to each other.
+/// Two adjacent tokens.
 pub type Pair = (Id, Id);
 
 // [error]
@@ -57,13 +57,13 @@ pub enum Error {
     Gap(usize),
     /// A vocabulary must hold at least the 256 bytes and at most `u32::MAX` tokens.
     VocabSize(usize),
-    /// The different chunks of the text have so many bytes; 2^32 is too many.
+    /// The distinct chunks of the text have this many bytes, but 2^32 is the limit.
     Chunks(usize),
     /// The list of tokens cannot be a vocabulary, for the reason given.
     Ranks(String),
     /// There is no token with this number in a vocabulary of this size.
     UnknownId(Id, usize),
-    /// The bytes of these tokens are no UTF-8 from this byte on.
+    /// The bytes of these tokens are not valid UTF-8 from this byte on.
     Utf8(usize),
     /// The caller asked to stop.
     Interrupted,
@@ -86,17 +86,17 @@ impl fmt::Display for Error {
             ),
             Error::Chunks(n) => write!(
                 f,
-                "the text has {n} bytes of different chunks, and fewer than 2^32 can be \
-                 learned from; train on less text"
+                "the text has {n} bytes of distinct chunks, but training can handle only \
+                 fewer than 2^32; train on less text"
             ),
-            Error::Ranks(why) => write!(f, "these ranks are no vocabulary: {why}"),
+            Error::Ranks(why) => write!(f, "these ranks are not a vocabulary: {why}"),
             Error::UnknownId(id, size) => {
                 write!(f, "token {id} is not in a vocabulary of {size} tokens")
             }
             Error::Utf8(at) => write!(
                 f,
                 "the bytes of these tokens are not UTF-8 from byte {at} on; decode to \
-                 bytes, or let half characters be replaced"
+                 bytes, or use errors='replace' for incomplete characters"
             ),
             Error::Interrupted => write!(f, "training was interrupted"),
         }

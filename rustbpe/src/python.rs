@@ -1,5 +1,5 @@
 //! The Python module: converts arguments, releases the GIL, turns errors into
-//! `ValueError`. No algorithm lives here.
+//! `ValueError`. It contains no algorithms.
 
 use crate::{Error, Id, Pair, Trainer, GPT4_PATTERN};
 use numpy::{IntoPyArray, PyArray1};
@@ -16,11 +16,11 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A byte pair encoding tokenizer; without training it knows the 256 bytes.
+/// A byte pair encoding tokenizer; before training it has only the 256 byte tokens.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
     inner: crate::Tokenizer,
-    /// Python's integer of every id, so that a list of ids need not make them again.
+    /// One Python integer per id, so that lists of ids need not create new ones.
     ints: Vec<Py<PyInt>>,
 }
 
@@ -46,7 +46,7 @@ impl Tokenizer {
     // [pytrain]
     /// Learn a vocabulary of vocab_size tokens from an iterable of strings.
     ///
-    /// `progress`, if given, is called now and then as progress("count", bytes read,
+    /// `progress`, if given, is called at intervals as progress("count", bytes read,
     /// None) and progress("merge", merges learned, merges wanted).
     #[pyo3(signature = (
         iterator, vocab_size, buffer_size=8192, pattern=None, progress=None
@@ -64,7 +64,7 @@ impl Tokenizer {
         let mut trainer = Trainer::new(pattern)?;
         crate::train::check(vocab_size)?;
         if buffer_size == 0 {
-            return Err(PyValueError::new_err("buffer_size is 0, use 1 or more"));
+            return Err(PyValueError::new_err("buffer_size is 0: use 1 or more"));
         }
         let mut texts = Texts::new(iterator)?;
         loop {
@@ -86,7 +86,7 @@ impl Tokenizer {
     // [/pytrain]
 
     // [pyranks]
-    /// Make a tokenizer from (bytes, rank) pairs and a split pattern.
+    /// Create a tokenizer from (bytes, rank) pairs and a split pattern.
     #[staticmethod]
     fn from_ranks(
         py: Python<'_>,
@@ -97,7 +97,7 @@ impl Tokenizer {
         for (i, (_, rank)) in ranks.iter().enumerate() {
             if *rank as usize != i {
                 let why = format!(
-                    "they must be 0, 1, 2, ... each once, but number {i} is {rank}"
+                    "they must be 0, 1, 2, ... without gaps, but number {i} is {rank}"
                 );
                 return Err(Error::Ranks(why).into());
             }
@@ -106,12 +106,12 @@ impl Tokenizer {
         Ok(Self::wrap(py, crate::Tokenizer::from_tokens(tokens, pattern)?))
     }
 
-    /// The split pattern.
+    /// Return the split pattern.
     fn get_pattern(&self) -> &str {
         self.inner.pattern()
     }
 
-    /// All tokens as (bytes, rank), lowest rank first.
+    /// Return all tokens as (bytes, rank) pairs, lowest rank first.
     fn get_mergeable_ranks<'py>(
         &self,
         py: Python<'py>,
@@ -120,7 +120,7 @@ impl Tokenizer {
         tokens.map(|(rank, token)| (PyBytes::new(py, token), rank)).collect()
     }
 
-    /// What `pickle` and `copy` keep: the type, no arguments, tokens and pattern.
+    /// Return what `pickle` and `copy` store: type, no arguments, tokens and pattern.
     #[allow(clippy::type_complexity)]
     fn __reduce__<'py>(
         slf: &Bound<'py, Self>,
@@ -130,7 +130,7 @@ impl Tokenizer {
         (slf.get_type(), (), state)
     }
 
-    /// Become the tokenizer that `__reduce__` described.
+    /// Restore the state that `__reduce__` returned.
     fn __setstate__(
         &mut self,
         py: Python<'_>,
@@ -169,9 +169,9 @@ impl Tokenizer {
         rows.iter().map(|ids| self.list(py, ids)).collect()
     }
 
-    /// Encode many texts on all cores into one array, without a Python integer.
+    /// Encode many texts on all cores into one array, without Python integers.
     ///
-    /// Returns (ids, ends): the ids of all texts one after the other, as uint16 if the
+    /// Returns (ids, ends): the concatenated ids of all texts, as uint16 if the
     /// vocabulary has at most 65,536 tokens, else as uint32; and, as int64, where each
     /// text's ids end.
     fn encode_to_numpy<'py>(
@@ -193,7 +193,7 @@ impl Tokenizer {
         Ok((flat.0.into_pyarray(py).into_any(), ends(flat.1)))
     }
 
-    /// The bytes of a list of tokens.
+    /// Return the bytes of a list of tokens.
     fn decode_bytes<'py>(
         &self,
         py: Python<'py>,
@@ -202,7 +202,7 @@ impl Tokenizer {
         Ok(PyBytes::new(py, &self.inner.decode(&ids)?))
     }
 
-    /// The text of a list of tokens; errors is "strict" or "replace", as in Python.
+    /// Return the text of a list of tokens; errors is "strict" or "replace", as in Python.
     #[pyo3(signature = (ids, errors="strict"))]
     fn decode(&self, ids: Vec<Id>, errors: &str) -> PyResult<String> {
         let bytes = self.inner.decode(&ids)?;
@@ -210,14 +210,14 @@ impl Tokenizer {
             "strict" => Ok(String::from_utf8(bytes).map_err(Error::from)?),
             "replace" => Ok(String::from_utf8_lossy(&bytes).into_owned()),
             other => Err(PyValueError::new_err(format!(
-                "errors is {other:?}, use 'strict' or 'replace'"
+                "errors is {other:?}: use 'strict' or 'replace'"
             ))),
         }
     }
     // [/pyencode]
 
     // [pystream]
-    /// A decoder that takes tokens one by one and never splits a character.
+    /// Create a decoder that takes tokens one by one and never splits a character.
     fn stream_decoder(slf: Py<Self>) -> StreamDecoder {
         StreamDecoder { tokenizer: slf, state: crate::Utf8Stream::default() }
     }
@@ -234,13 +234,13 @@ struct StreamDecoder {
 
 #[pymethods]
 impl StreamDecoder {
-    /// Take one token; return the characters that it completes, perhaps none.
+    /// Add one token; return the characters that it completes, possibly none.
     fn push(&mut self, py: Python<'_>, id: Id) -> PyResult<String> {
         let bytes = self.tokenizer.borrow(py).inner.decode(&[id])?;
         Ok(self.state.push(&bytes))
     }
 
-    /// Say that no token follows; return a replacement character for half a one.
+    /// End the stream; return a replacement character for an incomplete one.
     fn finish(&mut self) -> String {
         self.state.finish()
     }
@@ -248,10 +248,10 @@ impl StreamDecoder {
 // [/stream]
 
 // [learn]
-/// So often, while it trains without the GIL, Python may look at its signals.
+/// How often training, which runs without the GIL, lets Python handle signals.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Train without the GIL, but now and then let Python look at its signals.
+/// Train without the GIL, but let Python handle signals at intervals.
 fn learn(
     py: Python<'_>,
     trainer: Trainer,
@@ -280,7 +280,7 @@ fn learn(
             raised.is_ok()
         })
     });
-    raised?; // what the handler raised, for instance KeyboardInterrupt
+    raised?; // what the handler raised, such as KeyboardInterrupt
     let merges = merges?;
     look(merges.len())?;
     Ok(merges)
@@ -288,7 +288,7 @@ fn learn(
 // [/learn]
 
 // [texts]
-/// A Python iterable of strings that can say which item is not one.
+/// A Python iterable of strings that reports which item is not a string.
 struct Texts<'py> {
     items: Bound<'py, PyIterator>,
     seen: usize,
@@ -302,19 +302,19 @@ impl<'py> Texts<'py> {
     fn new(iterable: &Bound<'py, PyAny>) -> PyResult<Self> {
         if iterable.is_instance_of::<PyString>() {
             let why =
-                "expected an iterable of strings, got one string; put it in a list";
+                "expected an iterable of strings, but got one string: put it in a list";
             return Err(PyValueError::new_err(why));
         }
         let items = iterable.try_iter()?;
         Ok(Self { items, seen: 0, bytes: 0 })
     }
 
-    /// All the strings. They borrow Python's own UTF-8.
+    /// Return all strings, which borrow Python's own UTF-8.
     fn all(mut self) -> PyResult<Vec<PyBackedStr>> {
         self.take(usize::MAX, usize::MAX)
     }
 
-    /// At most `n` strings, and no more when they have `bytes` bytes; none at the end.
+    /// Return up to `n` strings, stopping after `bytes` bytes; none at the end.
     fn take(&mut self, n: usize, bytes: usize) -> PyResult<Vec<PyBackedStr>> {
         let mut buffer = Vec::new();
         let full = self.bytes.saturating_add(bytes);
@@ -324,7 +324,7 @@ impl<'py> Texts<'py> {
             let text: PyBackedStr = item.extract().map_err(|error| {
                 let kind = item.get_type();
                 PyValueError::new_err(format!(
-                    "item {} ({kind}) is not text: {error}",
+                    "item {} ({kind}) is not a string: {error}",
                     self.seen
                 ))
             })?;
@@ -338,7 +338,7 @@ impl<'py> Texts<'py> {
 // [/texts]
 
 // [pysplit]
-/// Cut a text into the chunks that no token may cross.
+/// Split a text into the chunks that no token may cross.
 #[pyfunction]
 fn split(text: &str, pattern: &str) -> PyResult<Vec<String>> {
     let mut chunks = Vec::new();

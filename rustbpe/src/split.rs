@@ -1,13 +1,13 @@
-//! Step 1: cut text into chunks that no token may cross.
+//! Step 1: split text into chunks that no token may cross.
 //!
-//! A split pattern is a regular expression; its matches, one after the other, are the
-//! chunks. Two patterns are so common that they have a scanner of their own: one pass
-//! over the characters, no backtracking, time linear in the text. Any other pattern goes
-//! through `fancy-regex`. `tests/split.rs` holds the two against each other.
+//! A split pattern is a regular expression; its successive matches are the chunks. Four
+//! common patterns have a hand-written scanner: one pass over the characters, without
+//! backtracking, in time linear in the text. Any other pattern goes through
+//! `fancy-regex`. `tests/split.rs` compares the two.
 //!
-//! What we tried: `fancy-regex` for everything (the bench `split` has it 12 times slower,
-//! and it gives up on a million spaces before a letter); `char::is_alphabetic` instead of
-//! a table (it asks for the property Alphabetic, more than the pattern's category L).
+//! What we tried: `fancy-regex` for everything (12 times slower in the bench `split`, and
+//! it gives up on a million spaces before a letter); `char::is_alphabetic` instead of a
+//! table (it tests for the property Alphabetic, which is larger than category L).
 
 use crate::{Error, Result};
 use fancy_regex::Regex;
@@ -15,8 +15,8 @@ use regex_syntax::hir::{Class as HirClass, HirKind};
 use std::sync::OnceLock;
 
 // [patterns]
-/// GPT-2's pattern. A chunk is a word, a number or punctuation, each with the blank
-/// before it; tiktoken's spelling of it for `r50k_base` means the same.
+/// GPT-2's pattern. A chunk is a word, a number or punctuation, each with the space
+/// before it; tiktoken's spelling for `r50k_base` is equivalent.
 pub const GPT2_PATTERN: &str = concat!(
     r"'(?:[sdmt]|ll|ve|re)",
     r"| ?\p{L}++",
@@ -56,10 +56,10 @@ macro_rules! older {
     };
 }
 
-/// The pattern of nanochat, without special treatment of the end of a text.
+/// nanochat's pattern, without special treatment of the end of a text.
 pub const NANOCHAT_PATTERN: &str = older!("2");
 
-/// The same with three digits: how GPT-4's pattern was first published.
+/// The same with three digits, as GPT-4's pattern was first published.
 pub const GPT4_PATTERN: &str = older!("3");
 
 /// The patterns that have a scanner, by name.
@@ -70,14 +70,14 @@ pub const PATTERNS: [(&str, &str); 4] = [
     ("nanochat", NANOCHAT_PATTERN),
 ];
 
-/// What the scanner has to know about a pattern.
+/// What the scanner must know about a pattern.
 #[derive(Debug, Clone, Copy, Default)]
 struct Rules {
-    /// Only a blank may begin a word, and a newline is white space like any other.
+    /// Only a space may lead a word, and a newline is white space like any other.
     gpt2: bool,
     /// Longest run of digits in a chunk.
     max_digits: usize,
-    /// White space at the end of a text is one chunk even with newlines in it.
+    /// White space at the end of a text is one chunk, even with newlines in it.
     whole_end: bool,
 }
 
@@ -110,7 +110,7 @@ enum Engine {
 }
 
 impl Splitter {
-    /// Compile a pattern, or say what is wrong with it.
+    /// Compile a pattern, or return what is wrong with it.
     pub fn new(pattern: &str) -> Result<Self> {
         match Rules::of(pattern) {
             Some(rules) => {
@@ -121,7 +121,7 @@ impl Splitter {
         }
     }
 
-    /// Compile a pattern for the regex engine even where a scanner exists.
+    /// Compile a pattern for the regex engine, even if it has a scanner.
     pub fn with_regex(pattern: &str) -> Result<Self> {
         let regex = Regex::new(pattern).map_err(|e| Error::Pattern(e.to_string()))?;
         let pattern = pattern.to_string();
@@ -129,12 +129,12 @@ impl Splitter {
         Ok(Self { pattern, engine })
     }
 
-    /// The pattern as it was given.
+    /// Return the pattern as it was given.
     pub fn pattern(&self) -> &str {
         &self.pattern
     }
 
-    /// Call `visit` with every chunk of `text`, in order; together they are the text.
+    /// Call `visit` with every chunk of `text` in order; together they are the text.
     pub fn for_each<'t>(
         &self,
         text: &'t str,
@@ -143,9 +143,9 @@ impl Splitter {
         self.cut(text, |start, n| visit(&text[start..start + n]))
     }
 
-    /// Like `for_each`, but tells where each chunk starts and how long it is, so that a
-    /// reader may look at more bytes at once than the chunk has. One loop for both
-    /// engines: with two, `visit` would not be compiled into either.
+    /// Like `for_each`, but passes where each chunk starts and how long it is, so that
+    /// `visit` may read more bytes at once than the chunk has. There is one loop for both
+    /// engines: with two loops, `visit` would not be inlined into either.
     #[inline(always)]
     pub(crate) fn cut(
         &self,
@@ -164,7 +164,7 @@ impl Splitter {
     }
 }
 
-/// The start and the length of every match, if nothing lies between two of them.
+/// Return the start and length of every match; it is an error if there are gaps.
 fn search(regex: &Regex, text: &str) -> Result<Vec<(usize, usize)>> {
     let (mut chunks, mut end) = (Vec::new(), 0);
     for found in regex.find_iter(text) {
@@ -185,7 +185,7 @@ fn search(regex: &Regex, text: &str) -> Result<Vec<(usize, usize)>> {
 // [/splitter]
 
 // [classes]
-/// What the patterns want to know about a character.
+/// What the patterns need to know about a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     Other,
@@ -194,7 +194,7 @@ enum Class {
     Space,
 }
 
-/// One entry per code point, read from the tables that the regex engine uses too.
+/// Return one entry per code point, read from the regex engine's own tables.
 fn classes() -> &'static [Class] {
     static TABLE: OnceLock<Vec<Class>> = OnceLock::new();
     TABLE.get_or_init(|| {
@@ -218,7 +218,7 @@ fn classes() -> &'static [Class] {
 // [/classes]
 
 // [block]
-/// The same byte in all eight places.
+/// Return a number with the same byte in all eight places.
 const fn every(byte: u8) -> u64 {
     u64::from_le_bytes([byte; 8])
 }
@@ -232,12 +232,12 @@ fn letters(window: u64) -> u64 {
     from_a & !past_z & !window & top
 }
 
-/// Collect the top bits of eight bytes in one byte, the first as its lowest bit.
+/// Collect the top bits of eight bytes in one byte, with the first as the lowest bit.
 fn gather(tops: u64) -> u64 {
     (tops >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
-/// What is known of sixty-four bytes of text: bit i tells of byte i.
+/// What is known about sixty-four bytes of text; bit i describes byte i.
 #[derive(Debug, Clone, Copy, Default)]
 struct Block {
     letters: u64, // an ASCII letter
@@ -257,7 +257,7 @@ impl Block {
         block
     }
 
-    /// Look at the beginning of a text; behind its end it finds zeros.
+    /// Read the start of a text, padded with zeros.
     #[inline(always)]
     fn read(rest: &[u8]) -> Self {
         if let Some(bytes) = rest.first_chunk() {
@@ -272,8 +272,8 @@ impl Block {
 
 // [word]
 impl Block {
-    /// Length of the chunk at byte `i`, where `rest` begins, if it is an ASCII word, or
-    /// one mark with a blank behind it, and ends inside the block; else 0.
+    /// Return the length of the chunk at byte `i`, where `rest` starts, if it is an ASCII
+    /// word, or one mark before a space, and ends inside the block; else 0.
     #[inline(always)]
     fn chunk(&self, i: usize, rest: &[u8], rules: &Rules) -> usize {
         if i >= 64 {
@@ -289,13 +289,13 @@ impl Block {
         };
         let end = (!self.letters & (u64::MAX << i << prefix)).trailing_zeros() as usize;
         if end == i + prefix || end == 64 || self.foreign >> end & 1 == 1 {
-            return 0; // no word, or perhaps more of it behind the block or beyond ASCII
+            return 0; // not a word, or it may go on after the block or in non-ASCII
         }
         end - i
     }
 }
 
-/// The chunks of a text one after the other: where each starts and how long it is.
+/// An iterator over the chunks of a text: where each starts and how long it is.
 #[derive(Debug, Default)]
 struct Scan<'t> {
     text: &'t str,
@@ -337,7 +337,7 @@ impl Iterator for Scan<'_> {
 // [/word]
 
 // [scan]
-/// Length in bytes of the first chunk of a text that is not empty.
+/// Return the length in bytes of a text's first chunk.
 fn scan(text: &str, rules: &Rules) -> usize {
     let table = classes();
     let class = |c: char| table[c as usize];
@@ -382,9 +382,9 @@ fn scan(text: &str, rules: &Rules) -> usize {
     blanks(text, run(text, |c| class(c) == Class::Space), rules)
 }
 
-/// Length of the first chunk of a text that starts with `n` bytes of white space:
-/// `\s++$|\s*[\r\n]|\s+(?!\S)|\s+`, where GPT-2 has no second and nanochat no first
-/// alternative.
+/// Return the length of the first chunk of a text that starts with `n` bytes of white
+/// space: `\s++$|\s*[\r\n]|\s+(?!\S)|\s+`, where GPT-2 lacks the second alternative and
+/// nanochat lacks the first.
 fn blanks(text: &str, n: usize, rules: &Rules) -> usize {
     if n == text.len() && rules.whole_end {
         return n;
@@ -397,14 +397,14 @@ fn blanks(text: &str, n: usize, rules: &Rules) -> usize {
     if n == text.len() {
         return n;
     }
-    // The last blank goes to the word behind it, unless it is the only one.
+    // The last space goes to the word after it, unless it is the only one.
     match text[..n].char_indices().next_back() {
         Some((last, _)) if last > 0 => last,
         _ => n,
     }
 }
 
-/// Length in bytes of an English contraction's letters after the apostrophe.
+/// Return the length in bytes of a contraction's letters after the apostrophe.
 fn contraction(rest: &str, rules: &Rules) -> Option<usize> {
     let fold = |c: char| if rules.gpt2 { c } else { c.to_ascii_lowercase() };
     let mut chars = rest.chars();
@@ -420,7 +420,7 @@ fn contraction(rest: &str, rules: &Rules) -> Option<usize> {
 // [/scan]
 
 // [run]
-/// Length in bytes of the longest prefix whose characters are all in a set.
+/// Return the length in bytes of the longest prefix whose characters are all in a set.
 fn run(text: &str, set: impl Fn(char) -> bool) -> usize {
     text.find(|c| !set(c)).unwrap_or(text.len())
 }

@@ -1,12 +1,12 @@
 //! Step 2: learn merges from text.
 //!
-//! Three phases. With N bytes of text whose different chunks have S bytes, and M merges:
+//! Three phases, for N bytes of text whose distinct chunks have S bytes, and M merges:
 //!
-//! 1. **Count** every chunk: O(N), in parallel. Memory is O(S): text is not kept.
-//! 2. **Index** every pair of neighbours: how often, and in which places. O(S).
+//! 1. **Count** every chunk: O(N), in parallel. Memory is O(S), as text is not kept.
+//! 2. **Index** every adjacent pair: how often it occurs, and in which places. O(S).
 //! 3. **Merge** the most frequent pair, M times. A heap finds it, the index finds its
-//!    places, and only the neighbours of merged pairs change their counts: O(S log S) in
-//!    all, however long the chunks are.
+//!    places, and only the neighbors of merged pairs change their counts: O(S log S) in
+//!    total, however long the chunks are.
 //!
 //! Ties are part of the contract: the highest count wins, and among equals the pair with
 //! the smaller ids, compared left first. The result is the same for any number of
@@ -28,7 +28,7 @@ pub struct Trainer {
     counts: ChunkMap<Box<[u8]>, u64>,
 }
 
-/// Refuse a size that no vocabulary can have.
+/// Return an error unless a vocabulary can have this size.
 pub fn check(vocab_size: usize) -> Result<()> {
     if vocab_size < 256 || Id::try_from(vocab_size).is_err() {
         return Err(Error::VocabSize(vocab_size));
@@ -39,14 +39,14 @@ pub fn check(vocab_size: usize) -> Result<()> {
 
 // [count]
 impl Trainer {
-    /// A trainer that has seen no text yet.
+    /// Create a trainer that has not seen any text yet.
     pub fn new(pattern: &str) -> Result<Self> {
         Ok(Self { splitter: Splitter::new(pattern)?, counts: ChunkMap::default() })
     }
 
     /// Phase 1: split documents in parallel and add up how often each chunk occurs.
     ///
-    /// Every thread counts in a map of its own, whose long keys borrow from the
+    /// Every thread counts in its own map, whose long keys borrow from the
     /// documents. Only a chunk that the trainer has never seen is copied.
     pub fn feed<S: AsRef<str> + Sync>(&mut self, docs: &[S]) -> Result<()> {
         let per_job = docs.len().div_ceil(8 * rayon::current_num_threads()).max(1);
@@ -80,13 +80,13 @@ impl Trainer {
 // [/count]
 
 // [words]
-/// Stands between two words, and where a token began that has become part of another.
+/// Separates words, and marks where a token started that is now part of another.
 const GAP: Id = Id::MAX;
 
-/// The different chunks, one behind the other, with a place for every byte.
+/// The distinct chunks, one after the other, with a place for every byte.
 ///
-/// A token's id stands in the places of its first and of its last byte, so that both
-/// neighbours of a pair are found in one step.
+/// A token's id is stored in the places of its first and its last byte, so that both
+/// neighbors of a pair are found in one step.
 #[derive(Debug)]
 struct Words {
     ids: Vec<Id>,
@@ -94,7 +94,7 @@ struct Words {
     lengths: Vec<u32>, // of each token, in bytes
 }
 
-/// Where a pair begins, and in which word.
+/// Where a pair starts, and in which word.
 type Place = (u32, u32);
 
 impl Words {
@@ -102,7 +102,7 @@ impl Words {
         Self { ids: vec![GAP], counts: Vec::new(), lengths: vec![1; 256] }
     }
 
-    /// Add a chunk; one of a single byte has no pair and is left out.
+    /// Add a chunk, unless it is a single byte, which has no pairs.
     fn push(&mut self, chunk: &[u8], count: u64) {
         if chunk.len() > 1 {
             self.ids.extend(chunk.iter().map(|&byte| Id::from(byte)));
@@ -111,8 +111,8 @@ impl Words {
         }
     }
 
-    /// Put a new token in the place of a pair, if the pair is still there; return its
-    /// neighbours, which may be a `GAP`, and where the left one begins.
+    /// Replace a pair by a new token, if the pair is still there; return where its left
+    /// neighbor starts, and both neighbors, which may be a `GAP`.
     fn join(&mut self, at: u32, pair: Pair, new: Id) -> Option<(u32, Id, Id)> {
         let begin = at as usize;
         let middle = begin + self.lengths[pair.0 as usize] as usize;
@@ -121,7 +121,7 @@ impl Words {
         }
         let end = middle + self.lengths[pair.1 as usize] as usize;
         let (left, right) = (self.ids[begin - 1], self.ids[end]);
-        self.ids[middle] = GAP; // no pair begins here any more
+        self.ids[middle] = GAP; // no pair starts here anymore
         self.ids[begin] = new;
         self.ids[end - 1] = new;
         let before = at - self.lengths.get(left as usize).copied().unwrap_or(0);
@@ -131,17 +131,17 @@ impl Words {
 // [/words]
 
 // [index]
-/// How often a pair occurs, and in which places it was ever seen.
+/// How often a pair occurs, and all places where it has been seen.
 ///
-/// The count is exact. The list may name a place that has lost the pair since; joining
-/// there finds nothing and does no harm.
+/// The count is exact. The list may contain a place that has since lost the pair;
+/// joining there finds nothing and does no harm.
 #[derive(Debug, Default)]
 struct Entry {
     count: u64,
     places: Vec<Place>,
 }
 
-/// Phase 2: count every pair of neighbours, weighted by the word's count.
+/// Phase 2: count every adjacent pair, weighted by the word's count.
 fn index(words: &Words) -> FxHashMap<Pair, Entry> {
     let mut pairs: FxHashMap<Pair, Entry> = FxHashMap::default();
     let mut word = 0;
@@ -164,14 +164,14 @@ fn index(words: &Words) -> FxHashMap<Pair, Entry> {
 /// Highest count first, then smallest pair: the order that the contract asks for.
 type Heap = BinaryHeap<(u64, Reverse<Pair>)>;
 
-/// All that a merge changes.
+/// Everything that a merge changes.
 #[derive(Debug)]
 struct Learner {
     words: Words,
     pairs: FxHashMap<Pair, Entry>,
     heap: Heap,
     floor: u64,
-    beside: [Beside; 2], // what stood left of the merges at hand, and right of them
+    beside: [Beside; 2], // neighbors of the current merges, on the left and the right
 }
 
 impl Learner {
@@ -186,12 +186,12 @@ impl Learner {
 
 // [best]
 impl Learner {
-    /// Take the most frequent pair.
+    /// Pop the most frequent pair.
     ///
-    /// The heap holds every pair whose count is at least `floor`. Counts only fall after
-    /// a pair's birth, so an entry that is out of date is too high: it comes up too
-    /// early, and goes back in with its true count. When the heap is empty, the floor
-    /// sinks.
+    /// The heap holds every pair whose count is at least `floor`. Once a pair exists, its
+    /// count only falls, so an outdated entry is too high: it comes up too early, and
+    /// goes back in with its true count. When the heap is empty, the floor is
+    /// lowered.
     fn best(&mut self) -> Option<Pair> {
         loop {
             while let Some((count, Reverse(pair))) = self.heap.pop() {
@@ -216,7 +216,7 @@ impl Learner {
 // [/best]
 
 // [beside]
-/// The tokens met on one side of the merges of a pair: how often each, and where.
+/// The tokens on one side of the merges of a pair: how often each occurs, and where.
 #[derive(Debug)]
 struct Beside {
     entries: Vec<Entry>,
@@ -246,7 +246,7 @@ impl Beside {
 impl Learner {
     /// Merge `pair` in all its places.
     ///
-    /// Only a pair that contains the new token can gain, and no such pair existed before.
+    /// Only pairs that contain the new token can gain, and none of those existed before.
     fn apply(&mut self, pair: Pair, new: Id) {
         let length = |id: Id| self.words.lengths[id as usize];
         self.words.lengths.push(length(pair.0) + length(pair.1));
@@ -261,9 +261,9 @@ impl Learner {
         self.settle(pair, new);
     }
 
-    /// Keep the counts true: what was beside a part of the pair is now beside `new`.
+    /// Update the counts: whatever was next to a part of the pair is now next to `new`.
     fn settle(&mut self, (a, b): Pair, new: Id) {
-        // Where two merges touch, the first was beside `a` until the second took it.
+        // If two merges touch, the first was next to `a` until the second consumed it.
         let touching = self.beside[0].entries[new as usize].count;
         for id in take(&mut self.beside[0].met) {
             let entry = take(&mut self.beside[0].entries[id as usize]);
@@ -301,14 +301,14 @@ impl Learner {
 
 // [merge]
 impl Trainer {
-    /// Learn merges until there are `vocab_size` tokens, or nothing is left to merge.
+    /// Learn merges until there are `vocab_size` tokens or nothing is left to merge.
     ///
-    /// Returns the merges in order: the k-th one makes token 256 + k.
+    /// Returns the merges in order: the k-th one creates token 256 + k.
     pub fn train(self, vocab_size: usize) -> Result<Vec<Pair>> {
         self.train_with(vocab_size, |_| true)
     }
 
-    /// Like `train`, and asks `go_on(merges so far)` before each merge.
+    /// Like `train`, but calls `go_on(merges so far)` before each merge; false stops.
     pub fn train_with(
         self,
         vocab_size: usize,
@@ -330,10 +330,10 @@ impl Trainer {
         Ok(merges)
     }
 
-    /// Every chunk with a pair in it. Sorted, so that the words of a pair, which share
-    /// letters, are near each other in memory: on 28 MB the merges take a tenth less time.
+    /// Lay out every chunk that has a pair, sorted, so that words that share a pair are
+    /// near each other in memory: on 28 MB, the merges take a tenth less time.
     fn words(self) -> Result<Words> {
-        // A number whose highest byte is the chunk's first is in the alphabet's order.
+        // With the chunk's first byte on top, numbers sort in alphabetical order.
         let short = self.counts.short.iter().map(|(key, n)| (key.swap_bytes(), n));
         let mut short: Vec<(u128, u64)> = short.collect();
         let mut long: Vec<_> = self.counts.long.into_iter().collect();
