@@ -438,7 +438,7 @@ def test_the_real_bundle_is_read(tmp_path):
         ": ",
         0.5,
     )
-    with pytest.raises(UserError, match="no evaluation bundle"):
+    with pytest.raises(UserError, match="not an evaluation bundle"):
         core_eval.load_bundle(tmp_path / "nowhere")
     real = os.environ.get("NANOCHAT_EVAL_BUNDLE")  # DCLM's own, where it is at hand
     assert not real or len(core_eval.load_bundle(real)) == 22
@@ -645,6 +645,7 @@ def test_counts_that_examine_nothing_are_refused(
     assert stopped.value.code == 2 and said in told
 
 
+@pytest.mark.posix
 def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
     monkeypatch.setattr(execution, "room_problem", lambda: "no room")
     with pytest.raises(UserError, match="no room"):
