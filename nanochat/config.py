@@ -79,7 +79,7 @@ class TextConfig(TrainConfig):
 class BaseConfig(TextConfig):
     "Pretrain a model on text, for example with --depth 6."
 
-    depth: int = 20  # number of layers: the one dial
+    depth: int = 20  # number of layers; the other sizes follow from it
     data: str = ""  # embedded, hub, a path to .parquet or .txt files, or hf:NAME
     max_seq_len: int = 2048  # T, context length in tokens
     param_data_ratio: float = 20.0  # training tokens per parameter
