@@ -36,7 +36,7 @@ class OptimConfig:
     matrix_weight_decay: float = 0.0  # cautious weight decay of Muon
     betas: tuple[float, float] = (0.8, 0.95)  # decay rates of AdamW's two averages
     eps: float = 1e-10  # epsilon in AdamW's denominator
-    matrix_method: str = "newton-schulz"  # Muon's iteration; or cans (two steps)
+    matrix_method: str = "newton-schulz"  # newton-schulz, or cans (two cheaper steps)
     matrix_dtype: str = ""  # dtype of that iteration; empty: bfloat16 if the GPU has it
     matrix_beta2: float | None = None  # decay of NorMuon's per-row average; None: off
 

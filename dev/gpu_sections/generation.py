@@ -249,8 +249,8 @@ def same_ids(how: str, batch: int, found: tuple, report: Report) -> None:
     name = f"batch {batch}, {how} against {first}"
     bound = 2 * BF16 if "compiled" in how else BF16  # fused kernels round differently
     report.check(f"{name}: logits", error(found[1], logits), bound)
-    # Weights that were never trained leave near ties, which rounding decides: that ids
-    # are equal is checked in fp32 (`decode_right`); here it is told how many are.
+    # Untrained weights leave near ties, which rounding decides. Equality of ids is
+    # checked in fp32 (`decode_right`); here we only report how many are equal.
     agree = (ids == found[0]).float().mean().item()
     report.note(**{f"{name}: share of ids that agree": agree})
 
