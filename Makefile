@@ -25,6 +25,8 @@ check: setup book ## what must hold before a commit: linters, export, book, size
 	python book/scan.py
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
+	mypy
+	python -m mypy.stubtest rustbpe --allowlist dev/stubtest.txt
 	$(CARGO) fmt --check $(CRATE)
 	$(CARGO) clippy -q --all-targets --features python $(CRATE) -- -D warnings
 	python dev/check.py
@@ -101,5 +103,5 @@ lock: setup ## pin the newest versions in requirements/*.txt
 	sed -i -E '/$(OF_TORCH)/d' requirements/constraints.txt
 
 clean: ## remove what was built; notebooks, package and .venv stay
-	rm -rf $(BUILD) rustbpe/target .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(BUILD) rustbpe/target .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -112,11 +112,11 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 mathjax_path = "mathjax/tex-chtml.js"
 
-if tags.has("pdf"):  # noqa: F821 (Sphinx puts `tags` here)
+if tags.has("pdf"):  # type: ignore[name-defined]  # noqa: F821 (Sphinx puts it here)
     html_theme = "basic"
     html_theme_options = {}
     html_css_files = []
-    html_sidebars = {}
+    html_sidebars: dict = {}
     html_permalinks = False
 
 
@@ -124,8 +124,9 @@ def copy_mathjax(app, error):
     "Copy the 4 MB of MathJax that pages need (its extension would copy 24 MB)."
     if error or app.builder.format != "html" or app.builder.name == "singlehtml":
         return
-    origin = importlib.util.find_spec("sphinx-mathjax-offline").origin
-    source = Path(origin).parent / "static" / "mathjax"
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    assert spec and spec.origin, "pip install 'nanochat[book]' brings it"
+    source = Path(spec.origin).parent / "static" / "mathjax"
     target = Path(app.outdir) / "_static" / "mathjax"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "tex-chtml.js", target)

@@ -6,7 +6,6 @@ Every number (chapter, figure, equation, exercise) is the one that Sphinx printe
 that pandoc cannot convert or a link that leads nowhere makes the exit code 1.
 """
 
-import functools
 import re
 import shutil
 import subprocess
@@ -107,7 +106,9 @@ def clean_math(soup, body) -> None:
     for div in body.select("div.math"):
         number = div.select_one(".eqno")
         number = number.extract().get_text().strip() if number else ""
-        formula = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)[1]
+        found = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)
+        assert found, f"an equation without a formula: {div}"
+        formula = found[1]
         div.clear()
         div["class"] = ["equation"]
         div["data-no"] = number
@@ -129,6 +130,7 @@ def clean(html: str) -> tuple[str, str]:
     "Return the page's body in a form that pandoc can read, and its title."
     soup = BeautifulSoup(html, "lxml")
     body = soup.select_one("div.body") or soup.body
+    assert body, "a page without a body"
     clean_links(body)
     for tag in body.select(NOISE):
         tag.decompose()
@@ -151,7 +153,10 @@ def modern(line: str) -> str:
     "Rename symbols in the formulas of a line."
 
     def formula(m):
-        return functools.reduce(lambda s, r: re.sub(*r, s), RENAMED, m[0])
+        text = m[0]
+        for pattern, new in RENAMED:
+            text = re.sub(pattern, new, text)
+        return text
 
     return re.sub(r"(?<!\\)\$.+?(?<!\\)\$", formula, line)
 

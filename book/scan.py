@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
@@ -222,7 +223,7 @@ def permissions(prose: bool) -> dict[tuple[str, str], str]:
     return {key: why for key, why in ALLOWED.items() if in_prose(key[1]) is prose}
 
 
-def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed notebook
+def executed(folder: Path) -> dict[str, Any]:  # notebook's stem -> executed notebook
     "Load the book's notebooks with the outputs that Sphinx has cached."
     from jupyter_cache import get_cache
     from nbdev_reader import read
@@ -250,7 +251,8 @@ def executed(folder: Path) -> dict[str, dict]:  # notebook's stem -> executed no
 def cache_folder() -> Path:
     "Return the folder where Sphinx caches the executed notebooks."
     spec = importlib.util.spec_from_file_location("conf", HERE / "conf.py")
-    conf = importlib.util.module_from_spec(spec)
+    assert spec and spec.loader, "conf.py is a file"
+    conf: Any = importlib.util.module_from_spec(spec)
     conf.tags = SimpleNamespace(has=lambda tag: False)  # Sphinx would provide it
     with patch.dict(os.environ):  # conf.py sets variables for the kernels
         spec.loader.exec_module(conf)

@@ -101,7 +101,7 @@ def measure(
     profile: str = "release",  # cargo's
 ) -> dict[str, list]:  # variant -> results of its runs
     "Compile the variants and run their programs alternately."
-    results = {variant: [] for variant in variants}
+    results: dict[str, list] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text"

@@ -16,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +117,7 @@ def no_qk_norm(model):
 
 
 def gelu(model):
-    gpt.relu2 = F.gelu
+    gpt.relu2 = F.gelu  # type: ignore[assignment]  # the exchange is what is measured
 
 
 def swiglu(model):
@@ -135,10 +138,11 @@ def post_norm(model):
         x = rms_norm(x + self.attn(x, cos, sin, kv_cache, extra), self.eps)
         return rms_norm(x + self.mlp(x), self.eps)
 
-    gpt.Block.forward = forward
+    gpt.Block.forward = forward  # type: ignore[method-assign]  # as above
 
 
-VARIANTS = {  # name: (fields of the config, function that replaces a choice)
+# Name: (fields of the config, function that exchanges a choice).
+VARIANTS: dict[str, tuple[dict[str, Any], Callable | None]] = {
     "default": ({}, None),
     "learned positions": ({}, learned_positions),
     "LayerNorm": ({}, layer_norm),
@@ -245,7 +249,7 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
 def tune(name: str, folder: str) -> dict:
     "Find a variant's best factor with the first seed, then train with the others."
     tried = {f: run(name, SEEDS[0], f, folder, STEPS) for f in FACTORS}
-    while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
+    while (best := min(tried, key=tried.__getitem__)) in (min(tried), max(tried)):
         further = best / 2 if best == min(tried) else best * 2
         tried[further] = run(name, SEEDS[0], further, folder, STEPS)
     bits = [run(name, seed, best, folder, STEPS) for seed in SEEDS]
@@ -254,7 +258,7 @@ def tune(name: str, folder: str) -> dict:
 
 def speeds(names: list[str], repeat: int = 5) -> dict[str, dict]:
     "Measure a training step of each variant, alternating, and its peak memory."
-    out = {name: {"seconds": []} for name in names}
+    out: dict[str, dict] = {name: {"seconds": []} for name in names}
 
     def measure(name: str) -> None:
         command = [sys.executable, __file__, "--step", name]
@@ -335,7 +339,10 @@ def main(record: str, work: str, only: list[str]) -> None:
             for seed in SEEDS
         ]
         same_time = [job.result() for job in jobs]
-    facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
+    facts: dict[str, Any] = {
+        "date": time.strftime("%d %B %Y"),
+        "environment": environment(),
+    }
     facts |= {"config": BASE, "rows": ROWS, "steps": STEPS, "seeds": SEEDS}
     facts |= {"seconds_of_a_step": usual, "preset": gpt.ARCHITECTURES["modern"]}
     facts |= {"modern_at_equal_time": {"steps": longer, "bpb": same_time}}

@@ -64,12 +64,12 @@ def head_weights(
 def look(model, ids: Tensor) -> Tensor:  # (L, B, H, T, T)
     "Run the model and return the weights of all its layers."
     found = []
-    hooks = [
-        block.attn.register_forward_hook(
-            lambda attn, args, out: found.append(head_weights(attn, *args[:3], out))
-        )
-        for block in model.transformer.h
-    ]
+
+    def note(attn: CausalSelfAttention, args: tuple, out: Tensor) -> None:
+        x, cos, sin = args[:3]
+        found.append(head_weights(attn, x, cos, sin, out))
+
+    hooks = [block.attn.register_forward_hook(note) for block in model.transformer.h]
     model(ids)
     for hook in hooks:
         hook.remove()
@@ -223,7 +223,7 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
 def calls(model, tokenizer, count: int) -> dict:
     "Count correct calculator calls for held-out arithmetic in training's wording."
     draw = random.Random(0)
-    prompts = []
+    prompts: list[list[int]] = []
     right = []
     while len(prompts) < count:
         a = draw.randint(11, 99)
@@ -242,7 +242,7 @@ def calls(model, tokenizer, count: int) -> dict:
         rows = engine.generate_many(prompts, 6, 0.0)
         return sum(r in tokenizer.decode(row.ids) for r, row in zip(right, rows))
 
-    found = {"questions": count, "right": score(), "without": []}
+    found: dict = {"questions": count, "right": score(), "without": []}
     for layer, head in heads_of(model):
         with without(model, layer, head):
             found["without"].append(score())

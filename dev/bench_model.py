@@ -23,6 +23,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("BENCH_THREADS", "2")
 os.environ.pop("TORCHDYNAMO_DISABLE", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from typing import Any
+
 import torch
 from memory import peak_bytes
 from torch.profiler import ProfilerActivity, profile
@@ -97,7 +99,7 @@ def their_model(model: GPT):
 
 def take_turns(steps: dict, repeat: int) -> dict[str, list[float]]:
     "Measure the seconds of each step, alternating; the first round is discarded."
-    seconds = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeat + 1):
         for name, step in steps.items():
             begun = time.perf_counter()
@@ -131,8 +133,8 @@ def training_speed(case: Case, compiled: bool) -> dict:
     model = our_model(case)
     theirs = their_model(model)
     x, y = training_batch(case)
-    our_call = model
-    their_call = theirs
+    our_call: Any = model
+    their_call: Any = theirs
     if compiled:
         our_call = torch.compile(model, dynamic=False)
         their_call = torch.compile(theirs, dynamic=False)
@@ -211,7 +213,7 @@ def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
     steps = {"plain": plain, "chunked": chunked}
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     seconds = take_turns(steps, 5)
-    row = {"positions": positions, "vocab_size": vocab, "width": width}
+    row: dict[str, Any] = {"positions": positions, "vocab_size": vocab, "width": width}
     row |= {f"{k}_peak_bytes": v for k, v in peaks.items()}
     row |= {f"{k}_seconds": statistics.median(v) for k, v in seconds.items()}
     row["speed"] = compare(seconds["plain"], seconds["chunked"])
@@ -221,7 +223,10 @@ def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
 
 def measure(case: Case) -> dict:
     "Measure everything."
-    facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
+    facts: dict[str, Any] = {
+        "date": time.strftime("%d %B %Y"),
+        "environment": environment(),
+    }
     facts |= {"threads": torch.get_num_threads(), "rows": case.rows}
     facts |= {"config": vars(case.config)}
     training = [in_processes(case, how) for how in case.hows]

@@ -53,7 +53,7 @@ def take_turns(steps: dict) -> dict[str, list[float]]:
     "Measure the seconds of each step, alternating; the first round is discarded."
     one = torch.get_num_threads() == 1
     clock = time.process_time if one else time.perf_counter
-    seconds = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPEAT + 1):
         for name, step in steps.items():
             begun = clock()

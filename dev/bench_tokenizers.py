@@ -71,17 +71,18 @@ def train(rival: str, docs: list[str]):
         ]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         letters = pre_tokenizers.ByteLevel.alphabet()
-        options = {"show_progress": False, "initial_alphabet": letters}
-        trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCAB, show_progress=False, initial_alphabet=letters
+        )
         tokenizer.train_from_iterator(iter(docs), trainer)
         return tokenizer
 
     # Ours.
     import rustbpe
 
-    tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(docs), VOCAB, pattern=PATTERN)
-    return tokenizer
+    ours = rustbpe.Tokenizer()
+    ours.train_from_iterator(iter(docs), VOCAB, pattern=PATTERN)
+    return ours
 
 
 def load(rival: str, docs: list[str], folder: Path):
@@ -102,8 +103,9 @@ def load(rival: str, docs: list[str], folder: Path):
     if rival == "tiktoken":
         import tiktoken
 
-        parts = {"mergeable_ranks": ranks, "special_tokens": {}}
-        return tiktoken.Encoding("bench", pat_str=PATTERN, **parts)
+        return tiktoken.Encoding(
+            "bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
     import rustbpe
 
     return rustbpe.Tokenizer.from_ranks(list(ranks.items()), PATTERN)
@@ -288,7 +290,7 @@ def cpu_name() -> str:
 
 def take_turns(task: str, rivals: list[str], repeats: int, folder: Path) -> dict:
     "Run the rivals of a task, one process after the other."
-    results = {rival: [] for rival in rivals}
+    results: dict[str, list] = {rival: [] for rival in rivals}
     for _ in range(repeats):
         for rival in rivals:
             results[rival].append(run(rival, task, folder))

@@ -58,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 def chapters() -> dict[str, str]:
     "Return the notebook that exports each module."
-    found = {}
+    found: dict[str, str] = {}
     for notebook in notebooks():
         for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
             directives, _ = split_directives("".join(cell["source"]))
@@ -118,9 +118,14 @@ def same_file(one: Path, other: Path) -> bool:
 
 def imports(file: Path) -> set[str]:
     "Return the modules that a file imports, as absolute names: `nanochat.tasks.common`."
-    found = set()
+    found: set[str] = set()
     package = file.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    tree = ast.parse(file.read_text("utf-8"))
+    # What only a type checker imports makes no module depend on another.
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -139,7 +144,7 @@ def comes_later(chapter: str, other: str) -> bool:
 def imports_follow_the_chapters() -> list[str]:
     "A module imports from its own or an earlier chapter, or an appendix; no cycle."
     problems = []
-    graph = {}
+    graph: dict[str, set[str]] = {}
     home = chapters()
     for name, file in modules().items():
         if name not in home:
@@ -171,8 +176,9 @@ def requirements(package: str) -> list[str]:
     "Return the packages that a plain install of a package includes."
     found = []
     for requirement in metadata.requires(package) or []:
-        if "extra ==" not in requirement:
-            found.append(re.match(r"[\w-]+", requirement)[0].lower())
+        name = re.match(r"[\w-]+", requirement)
+        if name and "extra ==" not in requirement:
+            found.append(name[0].lower())
     return found
 
 
@@ -182,7 +188,7 @@ def loaded_packages(file: Path) -> set[str]:
     for node in ast.parse(file.read_text("utf-8")).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module)
     return {name.split(".")[0] for name in found}
 
@@ -252,7 +258,7 @@ def every_exported_line_is_printed() -> list[str]:
         stem: printed(ROOT / "nbs" / f"{stem}.ipynb") for stem in set(home.values())
     }
     for module, lines in exported_lines().items():
-        missing = [x for x in lines if x not in seen.get(home.get(module), ())]
+        missing = [x for x in lines if x not in seen.get(home.get(module, ""), ())]
         problems += [f"{module}: not printed: {x}" for x in missing]
     return problems
 
@@ -261,7 +267,7 @@ def characters_of_the_book() -> set[str]:
     "Return the non-ASCII characters in chapters, pages and the crate's source."
     files = [*notebooks(), *(ROOT / "nbs").glob("*.md")]
     files += [*(ROOT / "rustbpe").glob("src/*.rs"), *(ROOT / "rustbpe").glob("*/*.rs")]
-    found = set()
+    found: set[str] = set()
     for file in files:
         text = file.read_text("utf-8")
         if file.suffix == ".ipynb":
@@ -322,8 +328,8 @@ def nothing_of_this_machine() -> list[str]:
 def lines_of(file: Path) -> tuple[int, int]:
     "Return the number of lines without blank ones and nbdev's markers, and of all lines."
     text = file.read_text("utf-8").partition("#[cfg(test)]")[0]
-    told = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
-    told = [x for x in told.splitlines() if x.strip() and not x.startswith("# %% ")]
+    own = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
+    told = [x for x in own.splitlines() if x.strip() and not x.startswith("# %% ")]
     return len(told), len(text.splitlines())
 
 
@@ -386,7 +392,10 @@ COMMENT = re.compile(r"^ *# |  # ", re.M)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, Function]]:
     "Yield every function with its name, prefixed by the name of its class."
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, (ast.stmt, ast.ExceptHandler, ast.match_case)):
@@ -400,13 +409,15 @@ def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.Functio
             yield from functions(node, outer)
 
 
-def body_lines(node: ast.FunctionDef) -> int:
+def body_lines(node: Function) -> int:
     "Count the lines of a function's body without its docstring."
     body = node.body[1:] if ast.get_docstring(node) else node.body
-    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+    if not body:
+        return 0
+    return (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1
 
 
-def is_silent(node: ast.FunctionDef, source: list[str]) -> bool:
+def is_silent(node: Function, source: list[str]) -> bool:
     "Return whether a function's body has no comment."
     body = node.body[1:] if ast.get_docstring(node) else node.body
     text = "\n".join(source[body[0].lineno - 1 : node.end_lineno]) if body else ""
@@ -415,13 +426,13 @@ def is_silent(node: ast.FunctionDef, source: list[str]) -> bool:
     return not COMMENT.search("\n".join([*between, text]))
 
 
-def positional(node: ast.FunctionDef) -> int:
+def positional(node: Function) -> int:
     "Count the parameters that may be positional."
     names = [p.arg for p in [*node.args.posonlyargs, *node.args.args]]
     return len([name for name in names if name not in ("self", "cls", "ctx")])
 
 
-def filled_by_name(node: ast.FunctionDef) -> bool:
+def filled_by_name(node: Function) -> bool:
     "Return whether a function is a test or a fixture, which pytest calls by name."
     decorators = " ".join(map(ast.unparse, node.decorator_list))
     return node.name.startswith("test_") or "pytest.fixture" in decorators
@@ -456,7 +467,7 @@ def is_packed(node: ast.AST) -> bool:
     return not (plain or together)
 
 
-def too_many(module: str, name: str, node: ast.FunctionDef, most: int) -> bool:
+def too_many(module: str, name: str, node: Function, most: int) -> bool:
     "Return whether one of our signatures has too many positional parameters."
     if positional(node) <= most or (module, name) in FIXED_SIGNATURES:
         return False

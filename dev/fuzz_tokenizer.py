@@ -102,8 +102,9 @@ def fuzz(count: int, seed: int, folder: str = "") -> dict[str, int]:
     for name, (tokens, pattern) in vocabularies(folder).items():
         ranks = {token: rank for rank, token in enumerate(tokens)}
         ours = rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern)
-        parts = {"mergeable_ranks": ranks, "special_tokens": {}}
-        peer = tiktoken.Encoding(name, pat_str=pattern, **parts)
+        peer = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
         judge = regex.compile(pattern.replace("$", r"\Z"))  # $ may stop before \n there
         pairs.append((name, ours, peer, judge, pattern))
     for text in strings(count, seed):

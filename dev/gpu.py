@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "dev" / "records" / "gpu.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 
+from typing import Any
+
 from gpu_sections import all_sections, find_function
 
 
@@ -82,7 +84,8 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
     "Run a section to its end or its time limit, and return its part of the record."
     begun = time.time()
     given = (name, tiny, limit, folder)
-    process = get_context(method).Process(target=work, args=given)
+    context: Any = get_context(method)
+    process = context.Process(target=work, args=given)
     process.start()
     try:
         process.join(limit)
@@ -92,9 +95,9 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
     # Results that the section wrote count, however it ended.
     file = folder / f"{name}.json"
     log = folder / f"{name}.log"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    found = {"status": "failed", "why": "", "key": "", "kernels": []} | found
-    found = {"checks": [], "figures": {}} | found
+    found: dict[str, Any] = {"checks": [], "figures": {}}
+    found |= {"status": "failed", "why": "", "key": "", "kernels": []}
+    found |= json.loads(file.read_text()) if file.exists() else {}
     found["seconds"] = round(time.time() - begun, 1)
     if late:
         found |= {"status": "timeout", "why": f"no end after {limit:.0f} s"}

@@ -141,7 +141,7 @@ def interrupt(
     ranks: int = 1,
 ) -> list[dict]:  # when each kill came and what was saved
     "Kill and resume a stage until it has been killed often enough and has finished."
-    struck = []
+    struck: list[dict] = []
     while len(struck) < kills:
         processes = start(stage, base, quick, ranks)
         moment = dice.uniform(0.2, 1.0) * seconds
@@ -155,7 +155,7 @@ def interrupt(
             folder = base / f"{FOLDERS[stage]}_checkpoints"
             steps = [int(f.name[5:]) for f in folder.glob("*/step_*")]
             half = len(list(folder.glob("*/.step_*")))
-            record = {"after": round(moment, 2), "saved": max(steps, default=0)}
+            record: dict = {"after": round(moment, 2), "saved": max(steps, default=0)}
             record |= {"half_written": half}
             if ranks > 1:
                 record["ranks"] = [processes.index(victim) for victim in victims]

@@ -125,6 +125,14 @@ def fetch(cache: Path) -> None:
         print(f"checked {name}")
 
 
+def read_member(tar: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    "Read one file of an archive."
+    file = tar.extractfile(member)
+    if file is None:  # a folder or a link to nothing
+        raise FileNotFoundError(f"{member} in {tar.name!r} is no file")
+    return file.read()
+
+
 class Package:
     "Read-only access to the files inside a wheel (zip) or a tar archive."
 
@@ -141,7 +149,7 @@ class Package:
     def read(self, name: str) -> bytes:
         if self.zip:
             return self.zip.read(name)
-        return self.tar.extractfile(self.members[name]).read()
+        return read_member(self.tar, self.members[name])
 
     def json(self, name: str):
         return json.loads(self.read(name))
@@ -164,7 +172,7 @@ def deb_file(path: Path, name: str) -> bytes:
         size = int(raw[at + 48 : at + 58])
         if member.startswith("data.tar"):
             with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
-                return tar.extractfile(name).read()
+                return read_member(tar, name)
         at += 60 + size + size % 2
     raise FileNotFoundError(f"{name} in {path}")
 
@@ -357,7 +365,7 @@ def plain(text: str | None) -> str:
 def countries(cache: Path) -> Iterator[tuple[str, dict]]:
     "Return (short English name, facts) of every country and territory, by name."
     package = Package(cache, "factbook")
-    found = {}
+    found: dict = {}
     for name in sorted(package.names()):
         if not re.fullmatch(r"package/[^/]+/[a-z]{2}\.json", name) or "/xx." in name:
             continue
@@ -508,7 +516,7 @@ def pieces(body: list[str]) -> Iterator[str]:
             parts.append(p[:at].strip())
             p = p[at:]
         parts.append(p)
-    chunk = []
+    chunk: list[str] = []
     size = 0
     for p in parts:
         # A piece of a line or two is joined with the next paragraph, however long.
@@ -763,7 +771,7 @@ PLATFORM = re.compile(
 
 def merge_turns(chat: dict) -> Chat:
     "Join consecutive messages of one person; empty unless exactly two people talk."
-    turns = []
+    turns: list = []
     last = None
     for message in (m for group in chat["messages"] for m in group):
         if message["sender"] == last:
@@ -858,8 +866,8 @@ def read_instruct(cache: Path) -> Iterator[Chat]:
 
 def read_identity() -> tuple[list[Chat], list[Chat]]:
     "Read dev/identity.txt: groups of questions with one answer; hold out one in four."
-    train = []
-    test = []
+    train: list[Chat] = []
+    test: list[Chat] = []
     for block in (ROOT / "dev" / "identity.txt").read_text().strip().split("\n\n"):
         lines = block.strip().splitlines()
         questions = [line[3:] for line in lines if line.startswith("Q: ")]
@@ -905,9 +913,9 @@ def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
     parts = ("noun", "verb", "adj", "adv")
     data = {pos: package.read(f"package/dict/data.{pos}") for pos in parts}
     out = {}
-    for lemma, (_, pos, offset) in sorted(best.items()):
-        end = data[pos].index(b"\n", offset)
-        gloss = short_gloss(data[pos][offset:end].decode())
+    for lemma, (_, pos, begin) in sorted(best.items()):
+        end = data[pos].index(b"\n", begin)
+        gloss = short_gloss(data[pos][begin:end].decode())
         if 8 <= len(gloss) <= 110 and is_clean(gloss) and lemma not in words(gloss):
             out[lemma] = gloss
     return out
@@ -1030,8 +1038,8 @@ def write_text(path: Path, lines: list[str]) -> None:
 
 
 def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
-    train = []
-    test = []
+    train: list[Chat] = []
+    test: list[Chat] = []
     for chat in chats:
         low = int(stable_order(chat[0])[:8], 16) < share * 2**32
         (test if low else train).append(chat)
@@ -1279,7 +1287,7 @@ def make_bigbench(cache: Path, evals: Evals) -> None:
             if member.name not in tasks:
                 continue
             name = tasks[member.name]
-            task = json.load(tar.extractfile(member))
+            task = json.loads(read_member(tar, member))
             rows = [bigbench_row(row) for row in task["examples"]]
             rows = sample(rows, 100, name)
             layout = {key: task[key] for key in keys if key in task}

@@ -20,6 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ VAL_BATCHES = 10  # batches of held-out text
 CURVE = 40  # steps between two points of a curve
 STEPS = 160  # AdamW's steps, with 8 rows each
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
-RECIPES = {  # everything but the number of steps and the seed
+# Everything but the number of steps and the seed.
+RECIPES: dict[str, dict[str, Any]] = {
     "AdamW": {"rows": 8, "adamw": True},
     "AdamW by role": {"rows": 8, "adamw": True, "by_role": True},
     "default": {"rows": 8},
@@ -66,7 +68,10 @@ class PlainAdamW:
         groups = []
         rates = adamw_rates(OptimConfig(), width) if by_role else {}
         for role, named in assign_roles(model).items():
-            own = {"params": list(named.values()), "lr": rates.get(role, rate)}
+            own: dict[str, Any] = {
+                "params": list(named.values()),
+                "lr": rates.get(role, rate),
+            }
             decays = role not in rates and role != "scalar"
             groups.append(own | {"weight_decay": 0.1 if decays else 0.0})
         self.inner = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -192,7 +197,7 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
 
 def tune(name: str, work: Path, workers: int) -> dict[float, float]:
     "Find AdamW's best learning rate with the first seed, never at the edge of the grid."
-    tried = {}
+    tried: dict[float, float] = {}
     missing = list(RATES)
     while missing:
         recipes = [
@@ -202,7 +207,7 @@ def tune(name: str, work: Path, workers: int) -> dict[float, float]:
         with ThreadPoolExecutor(workers) as pool:
             rows = list(pool.map(lambda r: run(r, SEEDS[0], work), recipes))
         tried |= {rate: row["bpb"] for rate, row in zip(missing, rows)}
-        best = min(tried, key=tried.get)
+        best = min(tried, key=tried.__getitem__)
         missing = [best / 2] if best == min(tried) else []
         missing += [best * 2] if best == max(tried) else []
     return dict(sorted(tried.items()))
@@ -215,7 +220,7 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
     parts = {}
     for name, recipe in RECIPES.items():
         parts[name] = set_up(recipe | {"steps": STEPS, "rate": 0.001}, 1)
-    seconds = {name: [] for name in RECIPES}
+    seconds: dict[str, list[float]] = {name: [] for name in RECIPES}
     for turn in range(repeat + 1):
         for name, (model, optimizer, rates) in parts.items():
             ids = text[: RECIPES[name]["rows"]]
@@ -294,7 +299,7 @@ def main(work: Path, record: str, workers: int) -> None:
     "Tune AdamW, measure speeds, run the race and record it."
     speed = prepare(work)
     tried = {n: tune(n, work, workers) for n, r in RECIPES.items() if "adamw" in r}
-    rates = {name: min(found, key=found.get) for name, found in tried.items()}
+    rates = {name: min(found, key=found.__getitem__) for name, found in tried.items()}
     rows = race(work, rates, speed, workers)
     methods = compare_methods(work, speed, workers)
 
@@ -304,7 +309,10 @@ def main(work: Path, record: str, workers: int) -> None:
         mine = [r for r in rows if r["name"] == name and r["share"] == most]
         print(f"{name} at {most:.0%}:", [round(r["bpb"], 4) for r in mine], end=" ")
         print("AdamW:", [round(goal[r["seed"]], 4) for r in mine])
-    facts = {"command": "python dev/race.py", "date": time.strftime("%d %B %Y")}
+    facts: dict[str, Any] = {
+        "command": "python dev/race.py",
+        "date": time.strftime("%d %B %Y"),
+    }
     facts |= {"environment": environment(), "recipes": RECIPES, "steps": STEPS}
     facts |= {"most": SHARES, "tried": tried, "speed": speed, "runs": rows}
     facts |= {"methods": methods}

@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -32,6 +34,7 @@ from nanochat.common import environment
 from nanochat.config import OptimConfig
 from nanochat.dataset import iter_documents
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import Muon
 from nanochat.optim import setup_optimizer
 
 ROWS = 8  # per step, over all ranks
@@ -42,7 +45,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def build(padding: int, dtype: torch.dtype) -> GPT:
     "Build the same model in every process, with the vocabulary padded to `padding`."
-    shape = dict(n_layer=3, n_head=4, n_kv_head=1, n_embd=32, stream_scalars=True)
+    shape: dict[str, Any] = dict(
+        n_layer=3, n_head=4, n_kv_head=1, n_embd=32, stream_scalars=True
+    )
     config = GPTConfig(T, V, pad_vocab_to=padding, **shape)
     model = GPT(config, dtype)
     model.init_weights(0)
@@ -83,7 +88,7 @@ class Meter:
         setattr(dist, name, counted)
 
 
-def train(model, optimizer, steps: int, rank: int, world: int) -> dict[str, list]:
+def train(model, optimizer, steps: int, rank: int, world: int) -> dict[str, Any]:
     "Take all steps on this rank's rows; return its losses and seconds."
     losses = []
     times = []
@@ -113,11 +118,12 @@ def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
 
     # Bytes of state on this rank, and bytes sent per step.
     state = {k: v for k, v in optimizer.state_dict().items() if k[:4] != "meta"}
-    muon = optimizer.parts["muon"].owners().values()
+    muon = optimizer.parts["muon"]
+    assert isinstance(muon, Muon), "the optimizer of the matrices"
     record |= {
         "state": sum(v.nbytes for v in state.values()),
         "sent": meter.sent // steps,
-        "matrices": sum(owner == rank for owner in muon),
+        "matrices": sum(owner == rank for owner in muon.owners().values()),
         "weights": model.state_dict(),
     }
     torch.save(record, f"{folder}/{world}_{rank}.pt")
@@ -130,7 +136,7 @@ def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dic
     "Train on each number of ranks and compare with the first."
     setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports everything once, for all forks
     found = []
-    first = {}
+    first: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
             given = (world, folder, (steps, padding, dtype))

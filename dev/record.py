@@ -8,8 +8,19 @@ import subprocess
 import sys
 from datetime import date
 
+from nanochat.chat_cli import ChatCliConfig, reply
 from nanochat.common import environment, get_base_dir, read_log
 from nanochat.report import read_sections, stage_log
+from nanochat.server import load_chat_model
+
+# The three questions of chapter 1's opening bet, and the first that people ask.
+QUESTIONS = (
+    "What is 37 + 48?",
+    "What is the capital of Estonia?",
+    "How do you spell beauty?",
+    "Who are you?",
+)
+SAMPLING = {"temperature": 0.0, "top_k": 50, "max_tokens": 48}  # greedy
 
 
 def slim(section: dict) -> dict:
@@ -30,6 +41,18 @@ def curve(path) -> list:
     return points[:: max(1, len(points) // 150)]
 
 
+def interview() -> dict:
+    "Ask the final model each question in a chat of its own; keep what it says."
+    engine, name = load_chat_model()
+    chats = []
+    for question in QUESTIONS:
+        asked = {"role": "user", "content": question}
+        print(f"{question}  ->  ", end="")
+        said = reply(engine, [asked], ChatCliConfig(**SAMPLING))
+        chats.append({"messages": [asked, said]})
+    return {"model": name, **SAMPLING, "conversations": chats}
+
+
 def main(target: str) -> None:
     "Collect the stages' results and logs."
     base = get_base_dir()
@@ -48,6 +71,7 @@ def main(target: str) -> None:
             for stage, section in sections.items()
             if stage_log(base, stage, section).is_file()
         },
+        "chat": interview(),
     }
     with open(target, "w") as file:
         json.dump(record, file, indent=1, ensure_ascii=False)

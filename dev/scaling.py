@@ -97,7 +97,7 @@ def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> di
 
     # Every size gets its best learning rate, found with one seed.
     tried = {rate: run(c, D, rate, 1, text) for rate in RATES}
-    best = min(tried, key=tried.get)
+    best = min(tried, key=tried.__getitem__)
     losses = [tried[best]]
     for seed in range(2, seeds + 1):
         losses.append(run(c, D, best, seed, text))

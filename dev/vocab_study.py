@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from nanochat.accounting import flops_per_token
 from nanochat.common import environment
@@ -84,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [512] if options.tiny else SIZES
     seeds = [1] if options.tiny else SEEDS
-    rows = {}
+    rows: dict[int, dict] = {}
 
     # Each run waits for its own processes, so threads are enough.
     with ThreadPoolExecutor(2) as pool:
@@ -92,7 +93,10 @@ def main() -> None:
             bits = row.pop("val_bpb")
             rows.setdefault(row["vocab_size"], row | {"val_bpb": []})
             rows[row["vocab_size"]]["val_bpb"].append(bits)
-    facts = {"date": time.strftime("%d %B %Y"), "environment": environment()}
+    facts: dict[str, Any] = {
+        "date": time.strftime("%d %B %Y"),
+        "environment": environment(),
+    }
     facts |= {"depth": DEPTH, "context": CONTEXT, "batch": BATCH, "seeds": seeds}
     text = json.dumps(facts | {"rows": list(rows.values())}, indent=1)
     Path(options.record).write_text(text + "\n", "utf-8")

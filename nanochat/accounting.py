@@ -13,11 +13,16 @@ __all__ = ['MATRICES', 'BLOCK', 'parameter_counts', 'flops_per_token', 'decode_f
 # token ids take 8. The peak of a training step is the largest of three moments (loss,
 # start of the backward pass, update), on one rank, uncompiled. Everything is computed
 # from a GPTConfig; no model is built, and nothing depends on the values of weights.
+from typing import TYPE_CHECKING
+
 from .head import CHUNK, MIN_ROWS
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.gpt import GPTConfig
 
 # %% ../nbs/04_transformer_architecture.ipynb #85a0ad34
 def parameter_counts(
-    config,  # GPTConfig
+    config: "GPTConfig",
 ) -> dict[str, int]:  # group -> number of parameters, plus "total"
     "Count the parameters by group."
     C = config.n_embd
@@ -43,7 +48,7 @@ MATRICES = ("attention", "mlp", "lm_head", "gates", "smear_gate")
 
 
 def flops_per_token(
-    config,  # GPTConfig
+    config: "GPTConfig",
     training: bool = True,  # forward and backward; False: forward only
 ) -> int:  # floating-point operations per token of a full context
     "Estimate the cost of a token, ignoring causality (Chowdhery et al., 2022)."
@@ -55,7 +60,7 @@ def flops_per_token(
 
 # %% ../nbs/04_transformer_architecture.ipynb #1ee0e390
 def decode_flops(
-    config,  # GPTConfig
+    config: "GPTConfig",
     context: int,  # positions that the new token can see, including its own
 ) -> int:
     "Count the operations of generating one token with a cache."
@@ -66,7 +71,7 @@ def decode_flops(
 
 
 def prefill_flops(
-    config,  # GPTConfig
+    config: "GPTConfig",
     num_tokens: int,  # length of the prompt
 ) -> int:
     "Count the operations of reading a prompt, without masked positions."
@@ -79,7 +84,7 @@ def prefill_flops(
 
 # %% ../nbs/04_transformer_architecture.ipynb #ce4abaff
 def kv_cache_bytes(
-    config,  # GPTConfig
+    config: "GPTConfig",
     batch_size: int = 1,
     seq_len: int | None = None,  # None: the whole context
     bytes_per_value: int = 2,
@@ -96,7 +101,7 @@ BLOCK = 64  # number of queries that attention on a CPU processes at a time
 
 
 def kept_weights(
-    config,  # GPTConfig
+    config: "GPTConfig",
 ) -> int:  # numbers per head and row, over all layers
     "Count the attention weights that are saved for the backward pass on a CPU."
     T = config.sequence_len
@@ -110,7 +115,7 @@ def kept_weights(
 
 
 def activation_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_batch_size: int,  # B
     value_bytes: int = 2,  # per number of the stream: bfloat16 2, float32 4
     *,
@@ -149,7 +154,7 @@ def activation_memory(
 
 # %% ../nbs/04_transformer_architecture.ipynb #9abc4464
 def update_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_type: str,  # "cuda" or "cpu"
 ) -> int:  # bytes
     "Count what Muon needs for its largest stack of matrices of the same shape."
@@ -160,7 +165,7 @@ def update_memory(
 
 
 def chunk_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     positions: int,  # number of positions in a forward pass
     value_bytes: int,  # per number of the stream
     device_type: str,  # "cuda" or "cpu"
@@ -173,7 +178,7 @@ def chunk_memory(
 
 
 def training_memory(
-    config,  # GPTConfig
+    config: "GPTConfig",
     device_batch_size: int,  # B, sequences per forward pass
     value_bytes: int = 2,  # per number of the stream: bfloat16 2, float32 4
     world_size: int = 1,  # ranks across which the optimizer state is sharded

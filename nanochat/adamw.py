@@ -27,6 +27,7 @@ __all__ = ['Job', 'count_step', 'adamw_update', 'adamw_fused', 'adamw_rule', 'ra
 # on the rank that updates it (AdamW: blocks of rows, see `own_rows`; Muon: whole matrices,
 # see `deal`).
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,16 +127,21 @@ def reduce_scatter(out: Tensor, full: Tensor) -> dist.Work:  # handle to wait on
     "Start summing `full` over the ranks; `out` will hold this rank's share of the rows."
     # torch 2.13 renamed both collectives and warns about the old names.
     new = getattr(dist, "reduce_scatter_single", None)
-    return (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
+    work = (new or dist.reduce_scatter_tensor)(out, full, async_op=True)
+    assert work is not None, "an asynchronous collective returns its work"
+    return work
 
 # %% ../nbs/07_optimization.ipynb #e395be4f
 def all_gather(out: Tensor, mine: Tensor) -> dist.Work:  # handle to wait on
     "Start gathering every rank's `mine`, concatenated along the rows, into `out`."
     new = getattr(dist, "all_gather_single", None)
-    return (new or dist.all_gather_into_tensor)(out, mine, async_op=True)
+    work = (new or dist.all_gather_into_tensor)(out, mine, async_op=True)
+    assert work is not None, "an asynchronous collective returns its work"
+    return work
 
 # %% ../nbs/07_optimization.ipynb #f500d40b
-Job = Generator[Tensor | None, Tensor | None, None]
+# Yields nothing, then a squared norm, then nothing; the second yield receives a scale.
+Job = Generator[Any, Tensor | None, None]
 
 # %% ../nbs/07_optimization.ipynb #4ac235a9
 def square_length(
@@ -183,6 +189,7 @@ def start_sum(
     world: int,  # ranks
 ) -> tuple[Tensor, dist.Work | None]:  # where the sum arrives; handle to wait on
     "Start summing a gradient over the ranks; this rank receives its rows."
+    assert p.grad is not None, "a parameter without a gradient has no job"
     if rows is not None:
         grad = torch.empty_like(p[rows])
         return grad, reduce_scatter(grad, p.grad.contiguous())
@@ -250,6 +257,7 @@ class AdamW(torch.optim.Optimizer):
             if p.grad is not None
         ]
 
-    def step(self, closure=None) -> None:
+    # torch's step also accepts a closure that computes the loss; ours needs none.
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         "Update every parameter that has a gradient."
         run_jobs(self.jobs())

@@ -26,6 +26,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .accounting import BLOCK
 from .common import UserError, print0
 from .functional import rms_norm
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.gpt import GPTConfig
 
 # %% ../nbs/05_attention_mechanism.ipynb #cfad9f14
 def precompute_rotary(
@@ -232,7 +236,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         q: Tensor,  # (B, T, H, D)
         k: Tensor,  # (B, T, H_kv, D)
         v: Tensor,  # (B, T, H_kv, D)
@@ -263,7 +267,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         "Go through the same blocks again, with the saved weights."
         q, k, v, out, *kept = ctx.saved_tensors
         batch_size, length, heads, _ = k.shape
@@ -276,18 +280,18 @@ class BlockAttention(torch.autograd.Function):
         values = grouped(v).squeeze(1)
         # A query belongs to one block, so its gradient is complete at once. A key is read
         # by all later blocks, so its gradient is a sum over them.
-        dq = []
-        dk = []
-        dv = []
+        dq_parts: list[Tensor] = []
+        dk_parts: list[Tensor] = []
+        dv_parts: list[Tensor] = []
         for weight, (rows, seen) in zip(kept, block_spans(length, ctx.window)):
             g = grad[:, :, rows]
             ds = stacked(g, values[:, seen].mT).sub_(level[:, :, rows]).mul_(weight)
-            dq.append(stacked(ds, keys[:, seen]))
-            add_blocks(dk, seen, ds, queries[:, :, rows])
-            add_blocks(dv, seen, weight, g)
-        dq = ungrouped(torch.cat(dq, 2), batch_size).mul_(ctx.scale)
-        dk = ungrouped(torch.cat(dk, 1)[:, None], batch_size)
-        dv = ungrouped(torch.cat(dv, 1)[:, None], batch_size)
+            dq_parts.append(stacked(ds, keys[:, seen]))
+            add_blocks(dk_parts, seen, ds, queries[:, :, rows])
+            add_blocks(dv_parts, seen, weight, g)
+        dq = ungrouped(torch.cat(dq_parts, 2), batch_size).mul_(ctx.scale)
+        dk = ungrouped(torch.cat(dk_parts, 1)[:, None], batch_size)
+        dv = ungrouped(torch.cat(dv_parts, 1)[:, None], batch_size)
         return dq, dk, dv, None, None
 
 # %% ../nbs/05_attention_mechanism.ipynb #1fc9f1f1
@@ -385,6 +389,7 @@ def through_varlen(
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     sides = (window - 1, 0) if window else (-1, 0)
     y = varlen_attn(q, k, v, starts, key_starts, T, S, scale=scale, window_size=sides)
+    assert isinstance(y, Tensor), "it returns a pair only when asked for log-sum-exps"
     return y.unflatten(0, (B, T))
 
 # %% ../nbs/05_attention_mechanism.ipynb #a8e4d5e6
@@ -637,7 +642,9 @@ def attend(
         kernel = choose_kernel(q, k, window, masked, q.requires_grad)
     if q.device.type == "cuda":
         say_kernel(kernel, q.requires_grad, window > 0)
-    if masked:  # each row's queries come after that row's own keys
+    if (
+        cache is not None and masked
+    ):  # each row's queries come after that row's own keys
         steps = torch.arange(q.size(1), device=q.device)
         position = cache.cache_seqlens[:, None] + steps
         return attend_by_mask(q, k, v, visible(position, S, window), scale)
@@ -833,7 +840,7 @@ def gated(
 class CausalSelfAttention(nn.Module):
     "Multi-head attention with rotary positions and normalized queries and keys."
 
-    def __init__(self, config, layer: int):
+    def __init__(self, config: "GPTConfig", layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim

@@ -11,11 +11,12 @@ __all__ = ['PROMPTS', 'BaseEvalConfig', 'training_documents', 'measure_bpb', 'me
 # prompts. Every rank measures its share, and all get the same result. The results are saved
 # together at the end, as the report's section `base_eval`.
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint import load_model
 from nanochat.common import (
@@ -30,7 +31,11 @@ from .dataloader import batches
 from .dataset import iter_documents
 from .decode import freeze_weights
 from .engine import Engine
+from .gpt import GPT
 from .loss_eval import encode_documents, evaluate_bpb, fit_bigram
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #ba5ee002
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class BaseEvalConfig:
     step: int = -1  # step of the checkpoint; -1: the last
     device: str = ""  # cuda, mps or cpu; empty: the fastest available
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = {"device_batch_size": 1, "eval_tokens": 1, "core_items": 1}
         check_counts(self, counts | {"bigram_chars": 0}, all_of=("core_items",))
 
@@ -63,7 +68,7 @@ def training_documents(data: str, num_chars: int) -> Iterator[str]:
 
 
 def measure_bpb(
-    model, tokenizer, config: BaseEvalConfig, data: str
+    model: GPT, tokenizer: "RustBPETokenizer", config: BaseEvalConfig, data: str
 ) -> dict[str, float]:
     "Measure bits per byte on both splits, and a bigram model's on the held-out one."
     device = model.get_device()
@@ -73,7 +78,7 @@ def measure_bpb(
     steps = max(1, config.eval_tokens // (rows * context * world))
     sizes = tokenizer.token_bytes()
 
-    def bpb(model, split: str, device: torch.device) -> float:
+    def bpb(model: Callable[..., Tensor], split: str, device: torch.device) -> float:
         shape = (rows, context, device)
         stream = batches(tokenizer, split, *shape, num_streams=world, data=data)
         return evaluate_bpb(model, stream, steps, sizes.to(device))
@@ -94,7 +99,9 @@ def measure_bpb(
     return values
 
 
-def measure_core(model, tokenizer, config: BaseEvalConfig) -> dict[str, Any]:
+def measure_core(
+    model: GPT, tokenizer: "RustBPETokenizer", config: BaseEvalConfig
+) -> dict[str, Any]:
     "Evaluate a model on the CORE tasks, from the samples or the full bundle."
     tasks = load_samples() if config.core == "samples" else load_bundle(config.core)
 
@@ -125,7 +132,7 @@ PROMPTS = (
 )
 
 
-def write_samples(model, tokenizer) -> list[str]:
+def write_samples(model: GPT, tokenizer: "RustBPETokenizer") -> list[str]:
     "Let the model continue each prompt greedily, and sample from an empty one."
     engine = Engine(model, tokenizer)
     samples = []

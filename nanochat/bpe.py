@@ -26,7 +26,7 @@ def count_pairs(
     words: dict[tuple[int, ...], int],  # sequence of token ids -> number of occurrences
 ) -> Counter:  # (left id, right id) -> count, including overlapping pairs
     "Count all pairs of neighbors, weighted by how often their sequence occurs."
-    counts = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     for ids, n in words.items():
         for pair in pairwise(ids):
             counts[pair] += n

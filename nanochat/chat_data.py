@@ -15,11 +15,16 @@ __all__ = ['PLACES', 'pack_row', 'cut_to_fit', 'epoch_order', 'render_to_fit', '
 # and the ids and masks of the conversations waiting for a row.
 #| doc: Batches of conversations, packed into rows and masked.
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from .common import UserError
 from .dataloader import Batch, my_streams, to_device
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tasks.common import Task
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/06_training_process.ipynb #86a8e6aa
 def pack_row(
@@ -75,7 +80,7 @@ PLACES = 64  # waiting conversations: a larger choice leaves less padding
 
 
 def render_to_fit(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     conversation: dict,
     room: int,  # T + 1
     everything: bool,  # learn from every token, not only the assistant's
@@ -95,8 +100,8 @@ def render_to_fit(
 
 
 def row_stream(
-    tokenizer,
-    task,  # len() and [i] -> conversation
+    tokenizer: "RustBPETokenizer",
+    task: "Task",  # conversations
     stream: int,
     num_streams: int,
     shape: tuple[int, int],  # B, T
@@ -144,8 +149,8 @@ def check_some_fit(
 
 # %% ../nbs/06_training_process.ipynb #7b36e279
 def chat_batches(
-    tokenizer,
-    task,  # len() and [i] -> conversation
+    tokenizer: "RustBPETokenizer",
+    task: "Task",  # conversations
     batch_size: int,  # B
     seq_len: int,  # T
     device: torch.device,
@@ -161,9 +166,15 @@ def chat_batches(
     mine = {}
     for stream in my_streams(num_streams):
         cursor = cursors.get(str(stream))  # JSON turns its number into a string
-        options = {"cursor": cursor, "everything": everything, "seed": seed}
         mine[stream] = row_stream(
-            tokenizer, task, stream, num_streams, shape, **options
+            tokenizer,
+            task,
+            stream,
+            num_streams,
+            shape,
+            cursor=cursor,
+            everything=everything,
+            seed=seed,
         )
 
     while True:

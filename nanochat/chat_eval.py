@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -24,7 +24,9 @@ from nanochat.common import (
     print0,
 )
 from .core_eval import centered, gather, refuse_nan
+from .engine import Engine
 from .execution import program_problem
+from .gpt import GPT
 from .tasks.arc import ARC
 from .tasks.arithmetic import Arithmetic
 from .tasks.common import Task
@@ -33,6 +35,9 @@ from .tasks.gsm8k import GSM8K
 from .tasks.humaneval import HumanEval
 from .tasks.mmlu import MMLU
 from .tasks.spelling import SimpleSpelling, SpellingBee
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #b24b7f19
 def wilson(
@@ -119,7 +124,7 @@ class ChatEvalConfig:
     step: int = -1  # step of the checkpoint; -1: the last
     device: str = ""  # cuda, mps or cpu; empty: the fastest available
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1, "top_k": 0}
         check_counts(self, counts | {"max_problems": 1}, all_of=("max_problems",))
         if not 0 <= self.temperature < math.inf:
@@ -139,8 +144,8 @@ class Graded:
 def grade_generative(
     task: Task,
     indices: Sequence[int],  # items of one batch
-    tokenizer,
-    engine,  # nanochat.engine.Engine
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,
     config: ChatEvalConfig,
 ) -> list[Graded]:
     "Generate replies to a batch of questions and grade them."
@@ -175,7 +180,7 @@ def grade_generative(
 
 # %% ../nbs/09_evaluation.ipynb #07424d3e
 def letter_ids(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     letters: Sequence[str],  # e.g. "A", "B", "C", "D"
 ) -> list[int]:  # their token ids
     "Return the token ids of letters. Raises UserError unless each is one token."
@@ -192,8 +197,8 @@ def letter_ids(
 def grade_categorical(
     task: Task,
     indices: Sequence[int],  # items of one batch
-    tokenizer,
-    model,  # GPT
+    tokenizer: "RustBPETokenizer",
+    model: GPT,
 ) -> list[Graded]:
     "Choose the permitted letter with the largest logit after each prompt, and grade it."
     conversations = [task[i] for i in indices]
@@ -220,9 +225,9 @@ def grade_categorical(
 # %% ../nbs/09_evaluation.ipynb #5a199e1d
 def run_chat_eval(
     task: Task,
-    model,
-    tokenizer,
-    engine,  # nanochat.engine.Engine of the same model
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,  # of the same model
     config: ChatEvalConfig = ChatEvalConfig(),
     *,
     name: str = "",  # shown in the progress line
@@ -318,9 +323,9 @@ def open_tasks(
 
 
 def evaluate_chat(
-    model,
-    tokenizer,
-    engine,  # nanochat.engine.Engine of the same model
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
+    engine: Engine,  # of the same model
     config: ChatEvalConfig,
 ) -> dict[str, Any]:  # the section of the report
     "Evaluate a model on the tasks that the config names."
@@ -339,7 +344,6 @@ def evaluate_chat(
 from .checkpoint import load_model
 from .common import compute_init, print0, save_section
 from .decode import freeze_weights
-from .engine import Engine
 
 
 def task_line(name: str, result: dict[str, Any]) -> str:

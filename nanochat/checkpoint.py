@@ -36,10 +36,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,10 @@ from nanochat.common import (
     write_atomic,
 )
 from .gpt import GPT, GPTConfig
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.optim import Optimizers
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/06_training_process.ipynb #ad57f9df
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -119,7 +125,7 @@ def save(
     folder: Path,  # the run's folder
     step: int,  # optimizer steps done
     model: GPT,
-    optimizer=None,  # state_dict() -> {name: tensor}, this rank's share
+    optimizer: "Optimizers | None" = None,  # None: save only the weights
     cursors: dict | None = None,  # stream -> cursor, this rank's streams
     *,
     meta: dict | None = None,  # anything JSON can hold
@@ -188,7 +194,7 @@ def sync(path: Path) -> None:
 def explain_failure(
     work: Path,  # the unfinished checkpoint
     size: int,  # bytes it needs
-):
+) -> Iterator[None]:
     "Remove a checkpoint that cannot be written, and raise an error with the remedy."
     try:
         yield
@@ -265,7 +271,7 @@ def read_meta(
 # %% ../nbs/06_training_process.ipynb #c0f16013
 def amend(
     path: Path,  # a checkpoint
-    **facts,  # entries to add or replace in its description
+    **facts: Any,  # entries to add or replace in its description
 ) -> None:
     "Add entries to a checkpoint's description without touching its weights."
     if get_dist_info()[0] == 0:
@@ -372,7 +378,7 @@ def read_config(record: dict, path: Path) -> GPTConfig:
         raise UserError(f"{path} does not describe a valid model: {error}") from None
 
 
-def check_tokenizer(meta: dict, tokenizer, path: Path) -> None:
+def check_tokenizer(meta: dict, tokenizer: "RustBPETokenizer", path: Path) -> None:
     "Raise UserError unless this is the tokenizer the checkpoint was trained with."
     size = meta["model_config"]["vocab_size"]
     mine = tokenizer.get_vocab_size()
@@ -403,7 +409,7 @@ def load_model(
     device: torch.device,
     tag: str = "",
     step: int = -1,
-):  # model in eval mode, tokenizer, meta
+) -> tuple[GPT, "RustBPETokenizer", dict]:  # model in eval mode, tokenizer, meta
     "Load a trained model and its tokenizer."
     # Imported here, because training must not require the tokenizer's Rust crate.
     from nanochat.tokenizer import get_tokenizer
@@ -419,7 +425,7 @@ def load_model(
 # %% ../nbs/06_training_process.ipynb #4b271fd8
 def load_optimizer(
     path: Path,  # a checkpoint
-    optimizer,  # load_state_dict(list of shares)
+    optimizer: "Optimizers",
 ) -> None:
     "Restore an optimizer's state. Raises UserError if it is missing or does not fit."
     shares = sorted(path.glob("optimizer_*.safetensors"))
@@ -434,7 +440,7 @@ def load_optimizer(
 def load_training_state(
     path: Path,  # a checkpoint
     model: GPT,
-    optimizer,  # load_state_dict(list of shares)
+    optimizer: "Optimizers",
 ) -> dict:  # stream -> cursor, of all ranks
     "Restore weights and optimizer; return the cursors of all streams."
     load_weights(model, path)
@@ -450,4 +456,5 @@ def use_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # New memory need not be filled with NaN: we always write before we read.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch creates this attribute in a way that a type checker cannot see.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

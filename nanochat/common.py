@@ -115,7 +115,7 @@ def get_dist_info() -> tuple[int, int, int]:  # rank, local rank, world size
     return rank, local_rank, world_size
 
 
-def print0(*args, **kwargs) -> None:
+def print0(*args: Any, **kwargs: Any) -> None:
     "Print on rank 0 only."
     if get_dist_info()[0] == 0:
         print(*args, **kwargs, flush=True)
@@ -360,7 +360,7 @@ class RunLog(ExitStack):
     def write(self, step: int, **values: float) -> None:
         "Append the values of one step."
         if self.active:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         for add in self.tell:
             add(step, values)
@@ -487,7 +487,7 @@ def option_types(
     "List the options of a config, including those of nested configs."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(option.type):
+        if isinstance(option.type, type) and dataclasses.is_dataclass(option.type):
             found |= option_types(option.type)
         else:
             found[option.name] = option.type
@@ -534,7 +534,7 @@ def parse_config(
     stage: str,  # name of the command, for settings.ini
     argv: list[str],  # command line without the program name
     program: str = "",  # name shown in --help; empty: python -m scripts.<stage>
-):  # an instance of the dataclass
+) -> Any:  # an instance of the dataclass
     "Build a config from preset and options; tyro exits with code 2 on bad options."
     import tyro  # imported here so that the package can be imported without it
 
@@ -681,7 +681,7 @@ def without_check(
     class Unchecked(config_class):
         __doc__ = config_class.__doc__
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             pass
 
     Unchecked.__name__ = config_class.__name__
@@ -732,7 +732,7 @@ def join_ranks() -> dist.Store | None:  # None: there is only one process
     return store
 
 # %% ../nbs/appendix_common.ipynb #259ab4a9
-def flat_values(config) -> dict[str, Any]:  # name -> value
+def flat_values(config: Any) -> dict[str, Any]:  # name -> value
     "Return the values of a config, including those of nested configs."
     found: dict[str, Any] = {}
     for option in dataclasses.fields(config):
@@ -745,7 +745,7 @@ def flat_values(config) -> dict[str, Any]:  # name -> value
 
 
 def run_cli(
-    main,  # called with the resolved config
+    main: Callable[[Any], Any],  # called with the resolved config
     config_class: type,  # a frozen dataclass
     stage: str,  # name of the command
     *,

@@ -15,13 +15,15 @@ __all__ = ['WIDER', 'small_config', 'small_model', 'loss_and_gradients', 'compar
 #| doc: Compile a model, but only if a small one shows that its gradients stay correct.
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Any, cast
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import set_kernel
 from .common import print0
@@ -71,7 +73,7 @@ def small_model(
 
 
 def loss_and_gradients(
-    called,  # the model, or its compiled version
+    called: Callable[..., Tensor],  # the model, or its compiled version
     model: GPT,
 ) -> dict[str, Tensor]:  # "loss", and the gradient of each parameter
     "Run one batch of random tokens forward and backward."
@@ -88,9 +90,12 @@ def loss_and_gradients(
         total = called(ids[:, :-1], ids[:, 1:], loss_reduction="sum")
         loss = total / (rows * length)
         loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
+    found = {"loss": loss.detach()}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, f"{name} has no gradient"
+        found[name] = p.grad
     model.zero_grad()
-    return {"loss": loss.detach()} | found
+    return found
 
 # %% ../nbs/06_training_process.ipynb #b2c7d108
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -130,7 +135,7 @@ def check_compiled(
     *,
     fp8: bool = False,
     kernel: str = "",  # attention kernel, if one is forced
-    **options,  # for torch.compile
+    **options: Any,  # for torch.compile
 ) -> tuple[str, str]:  # what is wrong, or ""; what was found
     "Compare compiled with eager gradients on a small model with the same options."
     begun = time.perf_counter()
@@ -151,7 +156,7 @@ def check_compiled(
         torch._dynamo.reset()  # a clean start for the real model
     worst, bad = compare(compiled, eager, exact, torch.finfo(dtype).eps)
     if bad:
-        name = max(bad, key=bad.get)
+        name = max(bad, key=bad.__getitem__)
         others = len(bad) - 1
         more = f" and {others} more" if others else ""
         return f"{name}{more}: up to {bad[name]:.0%} off eager", ""
@@ -163,7 +168,7 @@ def check_compiled(
 
 
 def compiled_differs(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, **options
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> str:  # "", or what is wrong
     "Return how compiling changes a model's gradients, or an empty string."
     return check_compiled(config, device, dtype, **options)[0]
@@ -173,14 +178,14 @@ def compile_model(
     model: GPT,
     mode: str | None = None,  # for torch.compile, e.g. "max-autotune-no-cudagraphs"
     backend: str = "inductor",
-):  # called like the model
+) -> nn.Module:  # called like the model
     "Compile a model if a small one's gradients stay correct; otherwise warn."
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         print0("compile: TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled")
         return model
     device = model.get_device()
-    options = {"mode": mode, "backend": backend}
-    same = {
+    options: dict[str, Any] = {"mode": mode, "backend": backend}
+    same: dict[str, Any] = {
         "fp8": any(isinstance(m, Float8Linear) for m in model.modules()),
         "kernel": model.transformer.h[0].attn.kernel,
     }
@@ -195,4 +200,5 @@ def compile_model(
         print0(f"WARNING: compile: {wrong}; this run continues uncompiled and slower")
         return model
     print0(f"compile: {found}")
-    return torch.compile(model, dynamic=False, **options)
+    # torch.compile is typed to return a function; given a module, it returns a module.
+    return cast(nn.Module, torch.compile(model, dynamic=False, **options))

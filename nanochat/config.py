@@ -108,7 +108,7 @@ def weight_settings(
     config: Any,  # a dataclass of settings, possibly nested
 ) -> dict[str, Any]:  # name -> value; the optimizer's settings are not nested
     "Return the settings that determine the weights."
-    found = {}
+    found: dict[str, Any] = {}
     for setting in fields(config):
         value = getattr(config, setting.name)
         if is_dataclass(value):

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,10 @@ import torch.distributed as dist
 from .common import UserError, get_dist_info
 from .dataset import data_path
 from .functional import cross_entropy
+from .gpt import GPT
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/09_evaluation.ipynb #5409e30b
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class CoreTask:
     delimiter: str = " "  # between context and continuation
     chance: float = 0.0  # accuracy of blind guessing
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = ("multiple_choice", "schema", "language_modeling")
         if self.kind not in kinds:
             raise UserError(
@@ -104,7 +108,7 @@ class Span:
     start: int  # first scored token
     end: int  # one past the last
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ok = 0 < self.start < self.end <= len(self.ids)
         assert ok, f"nothing to score from {self.start} to {self.end}"
 
@@ -112,7 +116,7 @@ class Span:
 def behind_contexts(
     texts: list[tuple[str, str]],  # (context, whole text) of each option
     rows: list[list[int]],  # tokens of the whole texts
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
 ) -> list[int]:  # for each row, the first token after its context
     "Return where each continuation starts."
     bos = tokenizer.get_bos_token_id()
@@ -124,7 +128,7 @@ def scored_starts(
     task: CoreTask,
     texts: list[tuple[str, str]],  # from `render_options`
     rows: list[list[int]],  # tokens of the whole texts
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
 ) -> list[int]:  # for each row, the first token that is scored
     "Return where the part that distinguishes each option starts. Raises UserError."
     if task.kind == "multiple_choice":
@@ -149,7 +153,7 @@ def scored_starts(
 def option_spans(
     task: CoreTask,
     texts: list[tuple[str, str]],  # from `render_options`
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     max_len: int,  # longest sequence; longer texts are cut on the left
 ) -> list[Span]:
     "Tokenize the options and mark the parts that distinguish them."
@@ -175,7 +179,7 @@ def refuse_nan(
 # %% ../nbs/09_evaluation.ipynb #30202941
 @torch.no_grad()
 def score_spans(
-    model,  # GPT
+    model: GPT,
     spans: Sequence[Span],
     batch_size: int = 16,  # rows per forward pass
 ) -> list[tuple[float, bool]]:  # mean nats; whether argmax predicts the whole span
@@ -219,8 +223,8 @@ def gather(
 
 # %% ../nbs/09_evaluation.ipynb #5499a90f
 def evaluate_task(
-    model,
-    tokenizer,
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
     task: CoreTask,
     max_items: int = -1,  # -1: all
     batch_size: int = 16,  # rows per forward pass
@@ -258,8 +262,8 @@ def centered(
 
 # %% ../nbs/09_evaluation.ipynb #dd7aee19
 def evaluate_core(
-    model,
-    tokenizer,
+    model: GPT,
+    tokenizer: "RustBPETokenizer",
     tasks: Sequence[CoreTask],
     max_items: int = -1,  # per task; -1: all
     report: Callable[[str, dict], None] = lambda label, result: None,  # after each task
@@ -368,7 +372,7 @@ def best_target(
     scores: dict[str, float],  # target -> its score
 ) -> str:
     "Return the target with the highest score."
-    return max(scores, key=scores.get)
+    return max(scores, key=scores.__getitem__)
 
 
 def from_bigbench(row: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .common import get_dist_info
 from .dataset import iter_documents
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/06_training_process.ipynb #21387167
 @dataclass
@@ -55,7 +59,7 @@ def my_streams(
 
 # %% ../nbs/06_training_process.ipynb #da9f3b75
 @cache
-def copy_queue(device: torch.device):  # -> torch.cuda.Stream
+def copy_queue(device: torch.device) -> torch.cuda.Stream:
     "Return the CUDA stream on which batches travel to a device."
     return torch.cuda.Stream(device)
 
@@ -75,7 +79,7 @@ def to_device(ids: Tensor, device: torch.device) -> Tensor:
 
 # %% ../nbs/06_training_process.ipynb #65dc59e2
 def token_stream(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     split: str,  # "train" or "val"
     stream: int,
     num_streams: int,
@@ -131,7 +135,7 @@ def take_row(
 
 # %% ../nbs/06_training_process.ipynb #9d5f5e61
 def encode_pairs(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     pairs: list[tuple[str, tuple]],  # (text, position after it)
 ) -> list[tuple[tuple, list[int]]]:  # (position, ids)
     "Encode documents, each preceded by <|bos|>, and pair them with their positions."
@@ -157,7 +161,7 @@ def read_again(
 
 
 def packed_stream(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     split: str,  # "train" or "val"
     stream: int,
     num_streams: int,
@@ -197,7 +201,7 @@ def packed_stream(
 
 # %% ../nbs/06_training_process.ipynb #229dd168
 def batches(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     split: str,  # "train" or "val"
     batch_size: int,  # B, rows of a micro-batch
     seq_len: int,  # T
@@ -233,7 +237,7 @@ def prefetch(
     depth: int = 4,  # batches to prepare ahead
 ) -> Iterator[Batch]:
     "Run an endless iterator in a background thread; re-raise its errors here."
-    ready = queue.Queue(depth)
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
 
     def work() -> None:
         "Fill the queue; pass an error on in place of a batch."

@@ -21,12 +21,14 @@ __all__ = ['SPAN', 'WARM_UP', 'freeze_weights', 'FixedCache', 'run_step', 'captu
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import KVCache, move_rows
 from .common import UserError, print0
+from .gpt import GPT
 
 SPAN = 256  # the part of the cache that a step reads grows by this many positions
 WARM_UP = 2  # steps before a capture; in the first, libraries choose their kernels
@@ -34,8 +36,8 @@ WARM_UP = 2  # steps before a capture; in the first, libraries choose their kern
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c13
 @torch.no_grad()
 def freeze_weights(
-    model,  # GPT in eval mode, changed in place; call before decoding with it
-):  # the same model
+    model: GPT,  # in eval mode, changed in place; call before decoding with it
+) -> GPT:  # the same model
     "Cast a model's weights to its compute dtype, once it will not be trained any more."
     if model.training:
         raise UserError(
@@ -80,7 +82,7 @@ class FixedCache(KVCache):
 
 # %% ../nbs/08_implementation_details.ipynb #3e0b7c15
 def run_step(
-    model,  # GPT
+    model: GPT,
     cache: FixedCache,  # advanced by one
     tokens: Tensor,  # (B,) int64, the newest token of each row
     logits: Tensor,  # (B, V), overwritten
@@ -92,7 +94,7 @@ def run_step(
 def capture_graph(
     run: Callable[[], None],  # uses the same memory at every call
     lengths: Tensor,  # (B,) lengths that `run` advances
-    pool,  # memory pool shared by all graphs of an object
+    pool: Any,  # memory pool shared by all graphs of an object
 ) -> Callable[[], None]:  # does what `run` does, in one launch
     "Record the kernels that a function launches, as a CUDA graph."
     before = lengths.clone()
@@ -132,7 +134,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        model,  # GPT; its weights may change in place but must not move in memory
+        model: GPT,  # its weights may change in place but must not move in memory
         batch_size: int,  # B, maximum number of rows
         capacity: int,  # maximum number of positions per row
         compiled: bool | str = False,  # fuse kernels; a string names the backend
@@ -158,7 +160,11 @@ class DecodeStep:
         self.whole = bool(compiled)  # compile a single shape
         if compiled:
             backend = compiled if isinstance(compiled, str) else "inductor"
-            options = {"backend": backend, "fullgraph": True, "dynamic": False}
+            options: dict[str, Any] = {
+                "backend": backend,
+                "fullgraph": True,
+                "dynamic": False,
+            }
             # Use a copy of the code: the compiler allows only eight versions of each.
             own = FunctionType(run_step.__code__.replace(), run_step.__globals__)
             self.run = torch.compile(own, **options)

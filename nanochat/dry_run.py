@@ -56,12 +56,14 @@ def stand_in(value: Any) -> Any:  # an argument of an operator
 class Collectives(TorchDispatchMode):
     "Count the calls and bytes of all collectives."
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         # Operator -> number of calls, bytes of the larger side.
         self.seen: dict[str, tuple[int, int]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None
+    ) -> Any:
         "Count an operator if it is a collective, then run it."
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1].strip("_")
@@ -88,7 +90,7 @@ def step_of_rank(config: BaseConfig, plan: Plan, dtype: torch.dtype) -> dict[str
     share = plan.micro_batches // config.world
     with Collectives() as collectives:
         accumulate(model, [Batch(ids, ids, s, None) for s in range(share)])
-        gradients = size(p.grad for p in model.parameters())
+        gradients = size(p.grad for p in model.parameters() if p.grad is not None)
         optimizer.step(1.0, 0.95, config.grad_clip)
 
     # The optimizers create their state in the first step, so it exists now.

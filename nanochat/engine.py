@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,7 +34,11 @@ from .attention import KVCache, keep_rows
 from .common import UserError
 from .decode import DecodeStep
 from .functional import sample_next
+from .gpt import GPT
 from .tools import use_calculator
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
 
 # %% ../nbs/08_implementation_details.ipynb #b984e078
 PREFILL_POSITIONS = 2**16  # per forward pass; bounds the memory of a layer's work
@@ -41,7 +46,7 @@ PREFILL_POSITIONS = 2**16  # per forward pass; bounds the memory of a layer's wo
 
 @torch.inference_mode()
 def prefill(
-    model,  # GPT
+    model: GPT,
     prompts: list[list[int]],  # one row each, of any length
     capacity: int,  # positions that the cache must be able to hold
     chunk: int | None = None,  # positions per forward pass; None: as memory allows
@@ -79,7 +84,7 @@ class ControlTokens:
     output: tuple[int, int]  # start and end of the tool's answer
 
     @classmethod
-    def of(cls, tokenizer) -> "ControlTokens":
+    def of(cls, tokenizer: "RustBPETokenizer") -> "ControlTokens":
         "Look up the ids in a tokenizer."
         special = tokenizer.encode_special
 
@@ -123,7 +128,7 @@ def push(
     row: Row,  # changed in place
     sampled: int,  # token that the model chose
     control: ControlTokens,
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
 ) -> None:
     "Append one token: the next forced one if there is one, otherwise the sampled one."
     if row.forced:
@@ -138,7 +143,9 @@ def push(
     row.mask.append(row.column[1])
 
 # %% ../nbs/08_implementation_details.ipynb #8b536ab5
-def track_call(row: Row, token: int, control: ControlTokens, tokenizer) -> None:
+def track_call(
+    row: Row, token: int, control: ControlTokens, tokenizer: "RustBPETokenizer"
+) -> None:
     "Track a tool call; when it is complete, queue the tool's answer."
     if token == control.python[0]:
         row.call = []
@@ -176,7 +183,7 @@ def start_rows(
 # %% ../nbs/08_implementation_details.ipynb #1f097f41
 @torch.inference_mode()
 def decode_step(
-    model,  # GPT
+    model: GPT,
     tokens: Tensor | list[int],  # (B,) the newest token of each row
     kv: KVCache,  # cache of everything before; advanced by one
 ) -> Tensor:  # (B, V) logits of the next token
@@ -190,7 +197,7 @@ class EagerStep:
 
     def __init__(
         self,
-        model,  # GPT
+        model: GPT,
         kv: KVCache,  # of a prefill
         rows: list[int],  # the cache's row for each sequence
     ):
@@ -253,8 +260,8 @@ class Engine:
 
     def __init__(
         self,
-        model,  # GPT
-        tokenizer,
+        model: GPT,
+        tokenizer: "RustBPETokenizer",
         static: bool | None = None,  # decode with fixed shapes; None: only on CUDA
         compiled: bool = False,  # compile the decode step, once
     ):
@@ -294,7 +301,9 @@ class Engine:
         finally:
             self.spare = step if step.nbytes <= SPARE_BYTES else None
 
-    def start(self, prompts, num_samples, max_tokens) -> list[Row]:
+    def start(
+        self, prompts: list[list[int]], num_samples: int, max_tokens: int | None
+    ) -> list[Row]:
         "Create the rows of a call, limited by the model's context."
         context = self.model.config.sequence_len
         return start_rows(prompts, num_samples, max_tokens, context)
@@ -311,36 +320,38 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:  # (tokens, masks), an entry per sample
         "Yield a column per step; a finished row repeats its last token with mask 0."
         rows = self.start([tokens], num_samples, max_tokens)
-        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
-        for _ in run_rows(self, rows, num_samples, **sampling):
+        for _ in run_rows(
+            self, rows, num_samples, temperature=temperature, top_k=top_k, seed=seed
+        ):
             yield [row.column[0] for row in rows], [row.column[1] for row in rows]
 
     def generate_many(
         self,
-        prompts,
-        max_tokens=None,
-        temperature=1.0,
-        top_k=None,
-        seed=42,
+        prompts: list[list[int]],
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
         *,
-        num_samples=1,
+        num_samples: int = 1,
     ) -> list[Row]:  # the samples of the first prompt, then of the second, ...
         "Complete prompts of different lengths in one batch."
         rows = self.start(prompts, num_samples, max_tokens)
-        sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
-        for _ in run_rows(self, rows, num_samples, **sampling):
+        for _ in run_rows(
+            self, rows, num_samples, temperature=temperature, top_k=top_k, seed=seed
+        ):
             pass
         return rows
 
     def generate_batch(
         self,
-        tokens,
-        num_samples=1,
-        max_tokens=None,
-        temperature=1.0,
-        top_k=None,
+        tokens: list[int],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
         *,
-        seed=42,
+        seed: int = 42,
     ) -> tuple[list[list[int]], list[list[int]]]:  # ids with the prompt, masks
         "Complete one prompt several times; the end token is left out."
         limits = (max_tokens, temperature, top_k, seed)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .common import UserError
 
@@ -239,7 +240,7 @@ def answer(ours: socket.socket) -> bytes:
         return b""
 
 
-def head(file) -> str:
+def head(file: BinaryIO) -> str:
     "Return the beginning of an output file as text."
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", "replace")

@@ -13,6 +13,8 @@ __all__ = ['FORWARD', 'BACKWARD', 'PRODUCTS', 'NARROWEST', 'quantize', 'scaled_p
 # as the hardware requires, and every size must be a multiple of 16. The emulation
 # multiplies the same rounded numbers in fp32, on any device.
 #| doc: Compute the blocks' matrix products in FP8, with one scale per tensor.
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from .accounting import parameter_counts
 from .attention import Linear
 from .common import UserError
 from .functional import cast, upcast
+from .gpt import GPT, GPTConfig
 
 # %% ../nbs/06_training_process.ipynb #a1f8e508
 FORWARD = torch.float8_e4m3fn  # activations and weights need precision
@@ -71,7 +74,11 @@ class Float8Product(torch.autograd.Function):
     "Compute x @ weight.T and its gradients, each as a product of two FP8 matrices."
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # (N, C), (F, C) -> (N, F)
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C)
+        weight: Tensor,  # (F, C)
+    ) -> Tensor:  # (N, F)
         a = quantize(x, FORWARD)
         b = quantize(weight, FORWARD)
         ctx.save_for_backward(*a, *b)
@@ -81,7 +88,7 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, x_scale, w, w_scale = ctx.saved_tensors
         g, g_scale = quantize(grad, BACKWARD)
         multiply = PRODUCTS.get(grad.device.type, emulated_product)
@@ -117,7 +124,7 @@ def fits_fp8(layer: Linear) -> bool:
 
 
 def use_fp8(
-    model,  # GPT, changed in place
+    model: GPT,  # changed in place
 ) -> int:  # number of layers converted
     "Train the blocks' matrices in FP8; parameter names and weights do not change."
     found = [m for m in model.transformer.h.modules() if type(m) is Linear]
@@ -128,7 +135,7 @@ def use_fp8(
 
 # %% ../nbs/06_training_process.ipynb #a1f8e51f
 def fp8_memory(
-    config,  # GPTConfig
+    config: GPTConfig,
     device_batch_size: int,  # B
     value_bytes: int = 2,  # per number of the residual stream
 ) -> int:  # bytes

@@ -13,6 +13,7 @@ __all__ = ['upcast', 'cast', 'RMSNorm', 'rms_norm', 'cross_entropy', 'nats_to_bi
 # their result and not their input, because the next matrix saves that result anyway.
 # Targets of -1 are ignored. Randomness comes from a generator that the caller seeds.
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class RMSNorm(torch.autograd.Function):
     "RMSNorm that saves its result, not its input, for the backward pass."
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float | None) -> Tensor:
         z = upcast(x)
         mean_square = torch.linalg.vecdot(z, z)[..., None] / x.size(-1)
         eps = torch.finfo(z.dtype).eps if eps is None else eps
@@ -53,7 +54,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         g = upcast(grad)
         y = upcast(y)
@@ -130,14 +131,14 @@ class ReLU2(torch.autograd.Function):
     "Squared ReLU that saves only its result for the backward pass."
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         square = F.relu(x).square()
         ctx.save_for_backward(square)
         return square
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (square,) = ctx.saved_tensors
         return 2 * (square.sqrt() * grad)
 

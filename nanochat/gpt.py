@@ -15,6 +15,7 @@ __all__ = ['ARCHITECTURES', 'GPTConfig', 'check_config', 'check_sizes', 'MLP', '
 # With a cache, positions continue where it ends; `advance` is called once per pass.
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class GPTConfig:
     backout: bool = False  # subtract the mid-depth stream before the head
     pad_vocab_to: int = 1  # pad rows of embedding and head to a multiple of this
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_config(self)
 
     @property
@@ -130,7 +131,8 @@ def check_sizes(c: GPTConfig) -> None:
         raise ValueError(f"n_kv_head={c.n_kv_head} must divide n_head={c.n_head}")
 
 # %% ../nbs/04_transformer_architecture.ipynb #04ff0e72
-ARCHITECTURES = {  # GPTConfig fields that differ from the default model
+# GPTConfig fields that differ from the default model.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "default": {},
     "modern": {"window_pattern": "SSSL", "value_embeds": True, "stream_scalars": True},
 }
@@ -196,6 +198,9 @@ def initialize(
 class GPT(nn.Module):
     "A transformer: maps token ids to logits for the next token at every position."
 
+    resid_lambdas: nn.Parameter  # (L,); only with stream_scalars
+    x0_lambdas: nn.Parameter  # (L,); only with stream_scalars
+
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
@@ -204,7 +209,8 @@ class GPT(nn.Module):
         layers = range(config.n_layer)
         blocks = nn.ModuleList(Block(config, i) for i in layers)
         wte = nn.Embedding(rows, config.n_embd)
-        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
+        # Any, because a type checker sees every entry of a ModuleDict as a plain Module.
+        self.transformer: Any = nn.ModuleDict({"wte": wte, "h": blocks})
         self.lm_head = Linear(config.n_embd, rows)
         with_values = filter(config.has_values, layers)
         self.value_embeds = nn.ModuleDict(
@@ -272,7 +278,14 @@ class GPT(nn.Module):
         config = self.config
         return softcap(self.lm_head(x)[..., : config.vocab_size], config.softcap)
 
-    def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
+    def generate(
+        self,
+        tokens: list[int],  # the prompt
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+    ) -> Iterator[int]:
         "Generate tokens without a cache: see the function `generate`."
         return generate(self, tokens, max_tokens, temperature, top_k, seed=seed)
 
@@ -292,7 +305,7 @@ def rotary_rows(
         raise ValueError(
             f"{end} positions, but the context is {limit}: shorten the input"
         )
-    rows = slice(start, end)
+    rows: slice | Tensor = slice(start, end)
     if kv_cache is not None and not kv_cache.uniform:
         steps = torch.arange(num_tokens, device=model.cos.device)
         rows = kv_cache.cache_seqlens[:, None] + steps

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .common import UserError, get_base_dir, package_folder
 
@@ -60,7 +61,8 @@ def find_gpu(
     name: str,  # as the driver reports it
 ) -> Gpu | None:  # None: not in the table
     "Return the table's data for a GPU, given its name."
-    return GPUS.get(gpu_key(name))
+    key = gpu_key(name)
+    return GPUS[key] if key else None
 
 # %% ../nbs/appendix_gpus.ipynb #3ba05d88
 NOT_MEASURED = "This has not been measured on a GPU yet."
@@ -124,7 +126,7 @@ def record_table(
 
 def show_figure(
     name: str,  # name of the figure; implies the unit
-    value,  # any JSON value
+    value: Any,  # any JSON value
 ) -> str:
     "Format a figure with its unit."
     if value is None:

@@ -15,6 +15,8 @@ __all__ = ['CHUNK', 'MIN_ROWS', 'exponentials', 'logits_gradient', 'walk_rows', 
 # so the gradients are computed in the forward pass; otherwise it arrives with the
 # backward pass, which goes through the rows again. Tensors marked "overwritten" are
 # reused as scratch space, to save memory.
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,9 @@ def walk_rows(
         if share is not None:
             dz = logits_gradient(e, total, half_tanh, target, share[rows, None])
             dz = dz.to(x.dtype)
+            assert dx is not None and dw is not None, (
+                "allocated above whenever shares are given"
+            )
             dx[rows] = dz @ w
             if dz.dtype == dw.dtype:
                 torch.addmm(dw, dz.T, x[rows], out=dw)  # saves one pass over dw
@@ -106,13 +111,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     "Losses of a linear head whose logits never exist all at once."
 
     @staticmethod
-    def forward(ctx, x, weight, targets, share, cap, vocab_size, train):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        share: Tensor | None,
+        cap: float,
+        vocab_size: int,
+        train: bool,
+    ) -> Tensor:
         "Return the weighted sum of the losses, or each loss if there are no shares."
         ctx.numbers = {"cap": cap, "vocab_size": vocab_size}
         ctx.late = share is None  # the shares arrive with the backward pass
         early = share if train else None
         losses, dx, dw = walk_rows(x, weight, targets, early, **ctx.numbers)
-        if ctx.late:
+        if share is None:
             ctx.save_for_backward(x, weight, targets)
             return losses
         ctx.save_for_backward(dx, dw)
@@ -120,7 +134,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         "Scale the gradients from the forward pass, or go through the rows again."
         if ctx.late:
             x, weight, targets = ctx.saved_tensors

@@ -12,6 +12,7 @@ import os
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from torch import Tensor
 import rustbpe
 from . import checkpoint
 from .common import UserError, write_atomic
-from .gpt import GPTConfig
+from .gpt import GPT, GPTConfig
 from .tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
 # %% ../nbs/appendix_interop.ipynb #211522a9
@@ -45,7 +46,7 @@ def hf_name(
     return name
 
 
-def hf_weights(model) -> dict[str, Tensor]:
+def hf_weights(model: GPT) -> dict[str, Tensor]:
     "Return the weights as fp32 on the CPU, under their names in transformers."
     weights = model.state_dict().items()
     return {hf_name(n): w.detach().float().cpu().contiguous() for n, w in weights}
@@ -65,7 +66,7 @@ FIELDS = {  # GPTConfig -> config.json
 
 
 def check_expressible(
-    config,  # GPTConfig
+    config: GPTConfig,
 ) -> None:
     "Reject a model that transformers would load but compute differently."
     plain = type(config)()
@@ -80,7 +81,7 @@ def check_expressible(
 
 
 def hf_config(
-    config,  # GPTConfig
+    config: GPTConfig,
     bos: int,  # id of <|bos|>
     eos: int,  # id of <|assistant_end|>
 ) -> dict:
@@ -158,7 +159,7 @@ def hf_pipeline(
     }
 
 
-def hf_tokenizer(tokenizer) -> dict:
+def hf_tokenizer(tokenizer: RustBPETokenizer) -> dict:
     "Return the tokenizer in the format of `tokenizer.json`."
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
     alphabet = byte_alphabet()
@@ -206,8 +207,8 @@ CHAT_TEMPLATE = """\
 
 # %% ../nbs/appendix_interop.ipynb #52946844
 def hf_records(
-    model,  # GPT
-    tokenizer,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
 ) -> dict[str, dict]:  # file name -> content
     "Build the four JSON files that accompany the weights."
     if model.config.vocab_size != tokenizer.get_vocab_size():
@@ -255,8 +256,8 @@ def check_target(
 
 # %% ../nbs/appendix_interop.ipynb #c1a0f00e
 def export_hf(
-    model,  # GPT
-    tokenizer,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
     folder: str | Path,  # created if needed; an earlier export is replaced
 ) -> Path:
     "Export a model and tokenizer for `AutoModelForCausalLM.from_pretrained`."
@@ -333,7 +334,7 @@ def unlike_ours(
 
 # %% ../nbs/appendix_interop.ipynb #c1a0f010
 def is_number(
-    value,  # from a JSON file
+    value: Any,  # from a JSON file
     whole: bool,  # True: must be an integer; False: any finite number
 ) -> bool:
     "Return whether a value can be a size or a constant of a model."
@@ -351,7 +352,9 @@ def config_from_hf(
         raise UserError(f"{path} describes a model of type {kind!r}, not 'nanochat'")
     # The default of transformers.
     record = {"rms_norm_eps": 1e-6} | record
-    values = {ours: record.get(theirs) for ours, theirs in FIELDS.items()}
+    values: dict[str, Any] = {
+        ours: record.get(theirs) for ours, theirs in FIELDS.items()
+    }
     if values["n_kv_head"] is None:
         values["n_kv_head"] = values["n_head"]
     if "final_logit_softcapping" in record:  # off is null in transformers, 0 here
@@ -434,7 +437,7 @@ def tokenizer_from_hf(
     try:
         ids = {token["content"]: token["id"] for token in record["added_tokens"]}
         vocab = {t: i for t, i in record["model"]["vocab"].items() if t not in ids}
-        words = sorted(vocab, key=vocab.get)
+        words = sorted(vocab, key=vocab.__getitem__)
         tokenizer = RustBPETokenizer(
             [bytes(map(byte_of.__getitem__, word)) for word in words],
             record["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
@@ -484,7 +487,7 @@ def read_hf(
     if not (folder / "model.safetensors").exists():
         index = read_json(folder / "model.safetensors.index.json")
         names = set(dict(index.get("weight_map") or {}).values())
-    weights = {}
+    weights: dict[str, Tensor] = {}
     # Only the last part of each name, so that an index cannot point outside its folder.
     for name in sorted(Path(name).name for name in names):
         try:

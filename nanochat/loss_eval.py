@@ -12,7 +12,8 @@ __all__ = ['evaluate_bpb', 'Bigram', 'encode_documents', 'fit_bigram', 'bigram_b
 # nor in the denominator. Sums, not averages, are added over ranks, in float64. `Bigram` is
 # called like a model.
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,13 @@ from torch import Tensor
 from .dataloader import Batch
 from .functional import nats_to_bits
 
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tokenizer import RustBPETokenizer
+
 # %% ../nbs/09_evaluation.ipynb #428175a0
 @torch.no_grad()
 def evaluate_bpb(
-    model,  # called as model(inputs, targets, loss_reduction="none")
+    model: Callable[..., Tensor],  # of inputs, targets, loss_reduction="none"
     batches: Iterator[Batch],  # held-out text
     steps: int,  # batches to read on this rank
     token_bytes: Tensor,  # (V,) UTF-8 bytes of each token; 0 for special tokens
@@ -46,7 +50,7 @@ def evaluate_bpb(
         total = torch.tensor([nats, num_bytes], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         nats, num_bytes = total.tolist()
-    return nats_to_bits(nats) / num_bytes if num_bytes else math.inf
+    return float(nats_to_bits(nats)) / num_bytes if num_bytes else math.inf
 
 # %% ../nbs/09_evaluation.ipynb #e772e639
 class Bigram:
@@ -85,7 +89,7 @@ class Bigram:
 
 # %% ../nbs/09_evaluation.ipynb #9a112e56
 def encode_documents(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     documents: Iterable[str],  # text
 ) -> Tensor:  # (N,) int64, each document preceded by <|bos|>
     "Tokenize documents and concatenate their tokens."
@@ -112,7 +116,7 @@ def fit_bigram(
 
 # %% ../nbs/09_evaluation.ipynb #3cb0a17f
 def bigram_bpb(
-    tokenizer,
+    tokenizer: "RustBPETokenizer",
     train_docs: Iterable[str],  # text to count
     val_docs: Iterable[str],  # text to predict
 ) -> float:  # bits per byte

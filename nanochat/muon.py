@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'Method', 'symmetric', 'closer', 'full_side', 'gram_factor
 # protocol of `nanochat.adamw`: gradients travel to the rank that owns their matrix, and
 # updated matrices travel back.
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,7 @@ def gram_factor(
         if step < last:
             # P x has the Gram matrix P G P.
             gram = symmetric(symmetric(factor, gram), factor)
+    assert product is not None, "there is at least one step"
     return product
 
 
@@ -258,7 +259,7 @@ def by_shape(
     params: Iterable[Tensor],
 ) -> list[list[Tensor]]:  # equally shaped ones together, in a fixed order
     "Group parameters into stacks that can be multiplied at once."
-    stacks = {}
+    stacks: dict[tuple, list[Tensor]] = {}
     for p in params:
         stacks.setdefault((*p.shape, p.dtype), []).append(p)
     return list(stacks.values())
@@ -271,7 +272,7 @@ def in_hands(
     "Order matrices by owner, padding the shorter hands with None."
     hands = deal(len(params), world)
     longest = len(hands[0])
-    order = []
+    order: list[Tensor | None] = []
     for hand in hands:
         order += [params[i] for i in hand]
         order += [None] * (longest - len(hand))
@@ -314,10 +315,11 @@ def muon_job(
     size = len(order) // world  # matrices in a hand, padding included
     mine = [p for p in order[rank * size : (rank + 1) * size] if p is not None]
     zero = torch.zeros_like(params[0])
-    grads = [zero if p is None or p.grad is None else p.grad for p in order]
+    parts = [zero if p is None or p.grad is None else p.grad for p in order]
+    grads: list[Tensor] | Tensor = parts
     # Phase 1: start the sum; this rank receives the gradients of its hand.
     if world > 1:
-        stack = torch.stack(grads)
+        stack = torch.stack(parts)
         grads = torch.empty_like(stack[:size])
         work = reduce_scatter(grads, stack)
     yield
@@ -326,7 +328,7 @@ def muon_job(
         work.wait()
     scale = yield square_length(grads)
     # Phase 3: update, and start gathering; zeros pad the hand.
-    grads = grads if world > 1 else torch.stack(grads)
+    grads = grads if isinstance(grads, Tensor) else torch.stack(grads)
     update_hand(mine, grads, scale, state, group)
     del grads  # free them while the other jobs update
     if world > 1:
@@ -382,7 +384,7 @@ class Muon(torch.optim.Optimizer):
 
     def owners(self) -> dict[Tensor, int]:  # parameter -> rank that updates it
         "Return the owner of every matrix."
-        found = {}
+        found: dict[Tensor, int] = {}
         _, world = ranks()
         for params, _ in self.stacks():
             for rank, hand in enumerate(deal(len(params), world)):
@@ -393,6 +395,7 @@ class Muon(torch.optim.Optimizer):
         "Return one job per stack."
         return [muon_job(params, self.state, group) for params, group in self.stacks()]
 
-    def step(self, closure=None) -> None:
+    # torch's step also accepts a closure that computes the loss; ours needs none.
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         "Update every matrix; a missing gradient counts as zero."
         run_jobs(self.jobs())

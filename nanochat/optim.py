@@ -34,8 +34,9 @@ def assign_roles(
     model: nn.Module,
 ) -> dict[str, dict[str, Tensor]]:  # role -> parameter name -> parameter
     "Group a model's parameters by role. Raises ValueError unless each has exactly one."
-    groups = {}
-    seen = {}  # parameter -> name; a tensor with two names would be updated twice
+    groups: dict[str, dict[str, Tensor]] = {}
+    # Parameter -> name; a tensor with two names would be updated twice.
+    seen: dict[Tensor, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         name = name.removeprefix("_orig_mod.")  # added by torch.compile
         found = roles(name, p)
@@ -229,7 +230,7 @@ def restore_state(
     rank, world = ranks()
     full = merge_state(shards, optimizers.params)
     muon = optimizers.parts.get("muon")
-    owners = muon.owners() if muon else {}
+    owners = muon.owners() if isinstance(muon, Muon) else {}
     for part in optimizers.parts.values():
         part.state.clear()
     for key, value in full.items():
@@ -238,14 +239,14 @@ def restore_state(
         # A matrix belongs to one rank; other parameters have no owner, and all keep a part.
         if kind not in optimizers.parts or owners.get(p, rank) != rank:
             continue
+        state = optimizers.parts[kind].state[p]
         if field == "step":
-            value = int(value)
-        else:
-            rows = own_rows(p, rank, world) if kind == "adamw" else None
-            value = value if rows is None else value[rows]
-            # Copy, because a view would keep the file's whole tensor in memory.
-            value = value.to(p.device, p.dtype, copy=True)
-        optimizers.parts[kind].state[p][field] = value
+            state[field] = int(value)
+            continue
+        rows = own_rows(p, rank, world) if kind == "adamw" else None
+        value = value if rows is None else value[rows]
+        # Copy, because a view would keep the file's whole tensor in memory.
+        state[field] = value.to(p.device, p.dtype, copy=True)
 
 # %% ../nbs/07_optimization.ipynb #2a994c47
 def iteration_dtype(
@@ -284,7 +285,7 @@ def setup_optimizer(
             dtype=iteration_dtype(config.matrix_dtype),
             beta2=config.matrix_beta2,
         )
-    params = {}
+    params: dict[str, Tensor] = {}
     for named in by_role.values():
         params |= named
     return Optimizers(adamw, muon, params)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ from .config import TrainConfig, idle
 from .core_eval import gather
 from .dataloader import Batch
 from .engine import Engine
-from .optim import setup_optimizer
+from .gpt import GPT
+from .optim import Optimizers, setup_optimizer
 from .stage import Stage, begin
 from .tasks.arithmetic import Arithmetic
 from .tasks.common import Task
@@ -76,7 +77,7 @@ class RLConfig(TrainConfig):
     source_tag: str = idle("")  # tag of the model to start from; empty: the deepest
     step: int = idle(-1)  # step of its checkpoint; -1: the last
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = (self.num_steps, self.examples_per_step, self.num_samples)
         if min(*sizes, self.device_batch_size, self.max_new_tokens) < 1:
             raise UserError(f"every size must be at least 1: {self}")
@@ -92,7 +93,7 @@ def group_advantages(
 
 # %% ../nbs/09_evaluation.ipynb #16410b31
 def policy_loss(
-    model,  # called as model(inputs, targets, loss_reduction="none")
+    model: Callable[..., Tensor],  # of inputs, targets, loss_reduction="none"
     inputs: Tensor,  # (B, T) int64
     targets: Tensor,  # (B, T) int64, -1 where the model did not choose
     advantages: Tensor,  # (B,) one per reply
@@ -119,7 +120,7 @@ class Rollout:
 
 # %% ../nbs/09_evaluation.ipynb #705fd05d
 def roll_out(
-    engine,  # nanochat.engine.Engine
+    engine: Engine,
     task: Task,
     indices: Sequence[int],  # prompts
     config: RLConfig,
@@ -140,8 +141,9 @@ def roll_out(
         task.reward(conversations[i // samples], tokenizer.decode(row.reply))
         for i, row in enumerate(rows)
     ]
+    ends = [[] if row.end is None else [row.end] for row in rows]
     return Rollout(
-        ids=[row.ids + [row.end] * row.ended for row in rows],
+        ids=[row.ids + end for row, end in zip(rows, ends)],
         mask=[row.mask + [1] * row.ended for row in rows],
         rewards=torch.tensor(rewards).view(len(prompts), samples),
         ended=sum(row.ended for row in rows) / len(rows),
@@ -165,7 +167,7 @@ def pad_rows(
 
 # %% ../nbs/09_evaluation.ipynb #bc027e55
 def accumulate_policy(
-    model,
+    model: GPT,
     rollout: Rollout,  # this rank's share of the step
     batch_size: int,  # replies per backward pass
     count: float,  # chosen tokens over all ranks
@@ -187,7 +189,7 @@ def accumulate_policy(
 
 # %% ../nbs/09_evaluation.ipynb #aa7c5dab
 def room_for_reply(
-    engine,  # nanochat.engine.Engine
+    engine: Engine,
     task: Task,
 ) -> Callable[[int], bool]:  # index of a question -> whether it fits
     "Return a function that tests whether a question leaves room for a reply."
@@ -200,7 +202,7 @@ def room_for_reply(
 
 
 def examine(
-    engine,  # nanochat.engine.Engine
+    engine: Engine,
     task: Task,  # held-out questions
     config: RLConfig,
 ) -> dict[str, float]:  # accuracy (greedy), pass@1, pass@k, share of ended replies
@@ -305,8 +307,8 @@ STAGE = "chat_rl"  # name of the log, and of the section in the report
 
 
 def policy_step(
-    engine,  # nanochat.engine.Engine
-    optimizer,  # nanochat.optim.Optimizers
+    engine: Engine,
+    optimizer: Optimizers,
     questions: Questions,
     config: RLConfig,
     step: int,
@@ -349,8 +351,8 @@ def is_due(
 
 # %% ../nbs/09_evaluation.ipynb #ebeff91f
 def train_rl(
-    engine,  # nanochat.engine.Engine of the model to improve
-    optimizer,  # nanochat.optim.Optimizers of that model
+    engine: Engine,  # of the model to improve
+    optimizer: Optimizers,  # of that model
     task: Task,  # questions to practice on
     held_out: Task,  # questions for evaluation
     config: RLConfig,

@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from . import checkpoint
 from .chat_data import chat_batches
@@ -52,13 +53,17 @@ from nanochat.config import (
 )
 from .dataloader import Batch, batches, prefetch
 from .fp8 import fp8_memory, fp8_works, use_fp8
+from .gpt import GPT
 from .gpus import find_gpu
 from .loss_eval import evaluate_bpb
 from .optim import Optimizers, lr_scale, muon_momentum, setup_optimizer
 from .plan import Plan, base_plan, check_fits, make_plan
 from .tasks.mixtures import open_mixture
-from .tokenizer import get_tokenizer
+from .tokenizer import RustBPETokenizer, get_tokenizer
 from .train import Run, train
+
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.tasks.common import Task
 
 # %% ../nbs/06_training_process.ipynb #57a6e003
 def begin(config: TrainConfig) -> torch.device:
@@ -72,14 +77,14 @@ def begin(config: TrainConfig) -> torch.device:
 
 # %% ../nbs/06_training_process.ipynb #57a6e005
 def prepare(
-    model,  # GPT
+    model: GPT,
     config: TextConfig,
-):  # the object that the loop calls
+) -> nn.Module:  # the object that the loop calls
     "Turn on fp8 if requested, and compile the model if requested or on a GPU."
     device = model.get_device()
     if config.fp8:
         print0(f"fp8: {use_fp8(model)} linear layers of the blocks train in eight bits")
-    called = model
+    called: nn.Module = model
     if config.compile or (config.compile is None and device.type == "cuda"):
         called = compile_model(model)
     if config.fp8 and called is model:
@@ -94,7 +99,7 @@ def device_memory(device: torch.device) -> float:  # bytes
     return environment()["memory_gib"] * 2**30
 
 
-def checkpoint_bytes(model, optimizer: Optimizers) -> int:
+def checkpoint_bytes(model: GPT, optimizer: Optimizers) -> int:
     "Count the bytes of one checkpoint, over all ranks, before the first step."
     weights = sum(p.nbytes for p in model.state_dict().values())
     muon = optimizer.parts.get("muon")
@@ -142,8 +147,8 @@ class Stage:
     name: str  # of the command, and of its log, e.g. "base_train"
     source: str  # where its checkpoints go: "base", "mid", "sft" or "rl"
     config: TrainConfig
-    model: Any  # GPT
-    tokenizer: Any  # with a fingerprint()
+    model: GPT
+    tokenizer: RustBPETokenizer
     optimizer: Optimizers
     num_steps: int  # of the whole stage
     tag: str  # name of the run
@@ -220,6 +225,7 @@ class Stage:
 
     def amend(self, results: dict) -> None:
         "Add the final results to the last checkpoint."
+        assert self.saved is not None, "only a saved run can be amended"
         checkpoint.amend(self.saved, results=results, measured=True)
 
 # %% ../nbs/06_training_process.ipynb #57a6e011
@@ -297,6 +303,7 @@ def peak_of(device: torch.device) -> float:  # operations per second; 0: unknown
 def stage_rate(stage: Stage, step: int) -> float:
     "Return the factor on all learning rates at a step."
     config = stage.config
+    assert isinstance(config, TextConfig), "RL has a schedule of its own"
     course = (config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
     return config.lr_frac * lr_scale(step, stage.num_steps, *course)
 
@@ -366,6 +373,7 @@ def run_stage(
     "Check, resume, train and record a stage that has begun."
     model = stage.model
     config = stage.config
+    assert isinstance(config, TextConfig), "RL has a loop of its own"
     model.dtype = compute_dtype(model.get_device(), config.dtype)
 
     # Check that it fits, and find the run's checkpoint.
@@ -391,8 +399,8 @@ def run_stage(
 
 # %% ../nbs/06_training_process.ipynb #57a6e015
 def validation(
-    stage_model,  # GPT
-    tokenizer,
+    stage_model: GPT,
+    tokenizer: RustBPETokenizer,
     stream: Callable[[], Iterator[Batch]],  # opens the validation text
     steps: int,  # batches per evaluation on this rank
 ) -> Callable[[], dict[str, float]]:
@@ -441,7 +449,7 @@ def plan_pretraining(
 
 def text_streams(
     config: BaseConfig,
-    tokenizer,
+    tokenizer: RustBPETokenizer,
     device: torch.device,
 ) -> Callable[..., Iterator[Batch]]:  # function(split, cursors, num_streams)
     "Return a function that opens batches of plain text, for training or validation."
@@ -474,7 +482,8 @@ def pretrain(config: BaseConfig) -> dict:  # the latest results
     if config.dry_run:
         from nanochat.dry_run import dry_run
 
-        return dry_run(config)
+        dry_run(config)
+        return {}
 
     # Build a model of the planned size, with random weights.
     device = begin(config)
@@ -501,7 +510,7 @@ def pretrain(config: BaseConfig) -> dict:  # the latest results
     return run_stage(stage, plan, training_text, [(config.eval_every, measure)])
 
 # %% ../nbs/06_training_process.ipynb #57a6e017
-def count_rows(tokenizer, task, seq_len: int) -> int:
+def count_rows(tokenizer: RustBPETokenizer, task: "Task", seq_len: int) -> int:
     "Estimate how many packed rows one pass over a task fills, from a sample."
     # About a thousand, evenly spaced.
     sample = range(0, len(task), max(1, len(task) // 1000))
@@ -513,7 +522,9 @@ def count_rows(tokenizer, task, seq_len: int) -> int:
     return max(1, round(mean_length * len(task) / seq_len))
 
 
-def chat_plan(config: ChatConfig, model, tokenizer, task) -> Plan:
+def chat_plan(
+    config: ChatConfig, model: GPT, tokenizer: RustBPETokenizer, task: "Task"
+) -> Plan:
     "Plan a stage on conversations: the requested number of steps, or one pass."
     context = model.config.sequence_len
     steps = config.num_iterations
@@ -536,7 +547,7 @@ def chat_plan(config: ChatConfig, model, tokenizer, task) -> Plan:
 
 def chat_streams(
     config: ChatConfig,
-    tokenizer,
+    tokenizer: RustBPETokenizer,
     context: int,  # T
     device: torch.device,
     *,
@@ -545,7 +556,7 @@ def chat_streams(
     "Return a function that opens batches of conversations."
 
     def chats(
-        task,  # len() and [i] -> conversation
+        task: "Task",  # conversations
         cursors: dict | None = None,
         *,
         num_streams: int,
@@ -570,7 +581,7 @@ def train_on_chats(
     name: str,  # of the command: mid_train or chat_sft
     sources: tuple[str, str],  # stage to load from, stage to save to
     config: ChatConfig,
-    tasks: tuple,  # training and validation conversations
+    tasks: tuple["Task", "Task"],  # training and validation conversations
     everything: bool,  # learn from every token, not only the assistant's
 ) -> dict:  # the latest results
     "Train a model further on conversations."

@@ -45,7 +45,7 @@ def evaluate(node: ast.AST) -> int | float:
     'Evaluate a syntax tree made of numbers, operators and `"text".count("t")`.'
     match node:
         # Ints and floats with their signs; True does not count as a number.
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int(value) | float(value)) if type(value) is not bool:
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)

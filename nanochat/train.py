@@ -31,9 +31,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nanochat.common import (
     Progress,
@@ -45,9 +48,12 @@ from nanochat.common import (
 )
 from .dataloader import Batch
 
+if TYPE_CHECKING:  # for annotations only: never imported at run time
+    from nanochat.optim import Optimizers
+
 # %% ../nbs/06_training_process.ipynb #32ffb16a
 def accumulate(
-    model,  # model(inputs, targets, loss_reduction="sum") -> scalar
+    model: Callable[..., torch.Tensor],  # of inputs, targets, loss_reduction="sum"
     micro: list[Batch],  # this rank's share of the step
 ) -> torch.Tensor:  # mean loss of the step over all ranks, in nats
     "Add the gradient of the step's mean loss to the parameters' gradients."
@@ -69,9 +75,9 @@ def accumulate(
 class StopSignal:
     "Turn SIGINT and SIGTERM into a request that the loop reads between steps."
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         self.wished = False
-        self.before = {}
+        self.before: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[number] = signal.signal(number, self.note)
@@ -79,13 +85,13 @@ class StopSignal:
                 pass
         return self
 
-    def note(self, number, frame) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
         "Remember that a signal came; this is the handler for both."
         if self.wished:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.wished = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -176,7 +182,7 @@ def is_broken(values: torch.Tensor | None) -> bool:
 def describe_failure(
     step: int,
     numbers: dict[str, float],  # loss and gradient norm
-    model,  # with this rank's gradients
+    model: nn.Module,  # with this rank's gradients
     micro: list[Batch],  # this rank's share of the step
 ) -> dict:  # anything JSON can hold
     "Collect everything needed to repeat a failed step and find its cause."
@@ -208,7 +214,7 @@ def write_dump(
     name: str,  # name of the run's stage
     step: int,
     numbers: dict[str, float],  # loss and gradient norm
-    model,  # with this rank's gradients
+    model: nn.Module,  # with this rank's gradients
     micro: list[Batch],  # this rank's share of the step
     *,
     saved: Path | str,  # the last checkpoint
@@ -230,8 +236,8 @@ def write_dump(
 
 # %% ../nbs/06_training_process.ipynb #6852b057
 def take_step(
-    model,  # called as the GPT's forward; may be compiled
-    optimizer,  # grad_norm(), step(lr_scale, momentum, clip), zero_grad()
+    model: nn.Module,  # called as the GPT's forward; may be compiled
+    optimizer: "Optimizers",
     micro: list[Batch],  # this rank's share of the step
     run: Run,
     step: int,
@@ -260,7 +266,7 @@ def take_step(
 
 # %% ../nbs/06_training_process.ipynb #e0b4d218
 @contextmanager
-def quiet_gc():
+def quiet_gc() -> Iterator[None]:
     "Turn automatic garbage collection off, and on again at the end."
     was_on = gc.isenabled()
     gc.collect()
@@ -290,8 +296,8 @@ def save_if_due(
 
 
 def train(
-    model,  # called as the GPT's forward; may be compiled
-    optimizer,  # grad_norm(), step(lr_scale, momentum, clip), zero_grad()
+    model: nn.Module,  # called as the GPT's forward; may be compiled
+    optimizer: "Optimizers",
     batches: Iterator[Batch],  # this rank's micro-batches, endless
     run: Run,
 ) -> dict:  # the latest results

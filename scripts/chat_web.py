@@ -1,4 +1,4 @@
-"""Talk to a trained model in the browser.
+"""Serve a trained model: a chat page for the browser, and an API.
 
 python -m scripts.chat_web               http://127.0.0.1:8000
 python -m scripts.chat_web --port=9000

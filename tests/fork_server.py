@@ -2,7 +2,8 @@
 
 A process of its own, started afresh: a fork of the test runner could inherit the locks of
 threads that earlier tests have started. It reads one JSON line for each command from
-standard input and answers with the exit code.
+standard input and answers with the exit code. A job names its `argv`, `environment`
+(None removes a variable), `folder`, `umask`, and the files `out`, `err` and `stdin`.
 """
 
 import json
@@ -30,10 +31,12 @@ def become(job: dict) -> None:
     "Take on the environment, the folder and the streams that a job asks for."
     folder = Path(job["folder"])
     os.chdir(folder)
-    file = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    writing = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    out = os.open(job["out"], writing)
+    err = out if job["err"] == job["out"] else os.open(job["err"], writing)
+    os.dup2(os.open(job["stdin"], os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     os.umask(job["umask"])
     os.environ.pop("NANOCHAT_PRESET", None)
     os.environ["NANOCHAT_BASE_DIR"] = str(folder / "base")
@@ -45,6 +48,7 @@ def become(job: dict) -> None:
     if "HOME" in job["environment"] and job["environment"]["HOME"] is None:
         without_account()
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin = open(0, encoding=encoding)
     sys.stdout = open(1, "w", encoding=encoding, errors="strict")
     sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace")
     sys.argv = ["nanochat", *job["argv"]]

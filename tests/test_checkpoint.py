@@ -194,6 +194,7 @@ def test_a_save_that_fails_anywhere_loses_nothing(
     assert wanted <= set(failures)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("case", ["next", "replaced"])
 def test_a_process_killed_anywhere_in_a_save_loses_nothing(
     tmp_path, trained, monkeypatch, case
@@ -319,6 +320,7 @@ def test_a_resumed_log_repeats_what_the_checkpoint_does_not_know(base_dir):
     assert losses(base_dir) == [0.0, 1.0, 2.0, 9.0]
 
 
+@pytest.mark.posix
 def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
     "The small version of dev/kill_test.py: every file and the log, bit for bit."
     out = tmp_path / "kill_resume.json"
@@ -331,6 +333,7 @@ def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
     assert len(base["sha256"]) == len(rl["sha256"]) == 5  # 3 files, results, log
 
 
+@pytest.mark.posix
 def test_two_ranks_killed_together_or_one_alone_resume_bit_for_bit(tmp_path):
     out = tmp_path / "kill_resume.json"
     flags = ["--kills=2", "--ranks=2", "--stages=base_train", "--quick"]

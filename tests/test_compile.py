@@ -101,6 +101,16 @@ def test_generated_kernels_have_the_gradients_of_eager(tmp_path, monkeypatch):
     assert not wrong and "worst" in said
 
 
+def test_a_gradient_that_compiling_drops_is_named(monkeypatch):
+    def forgetful(model, **options):
+        model.transformer.wte.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(torch, "compile", forgetful)
+    wrong, _ = check_compiled(SHAPE, CPU, torch.float32)
+    assert "transformer.wte.weight has no gradient" in wrong
+
+
 class Lost(torch.autograd.Function):
     "A squared ReLU whose gradient is wrong by a factor, once it is compiled."
 

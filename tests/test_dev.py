@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.conversation import check_conversation
+
 ROOT = Path(__file__).resolve().parents[1]
 DEV = ROOT / "dev"
 sys.path.insert(0, str(DEV))  # the scripts import each other
@@ -177,10 +179,22 @@ def test_the_record_of_a_speedrun(base_model, tmp_path):
     run("record", file)
     found = json.loads(file.read_text("utf-8"))
     kept = json.loads((RECORDS / "speedrun_cpu.json").read_text("utf-8"))
-    assert found.keys() == kept.keys()
+    assert found.keys() == kept.keys() | {"chat"}  # the record may be older than that
     assert found["sections"].keys() == {"base_train"}
     assert len(found["curves"]["base_train"]) > 1
     assert str(tmp_path) not in file.read_text("utf-8")
+
+    # Whole conversations, that another model can be shown, and how they were sampled.
+    chat = found["chat"]
+    assert chat.keys() == {
+        "model", "temperature", "top_k", "max_tokens", "conversations"
+    }  # fmt: skip
+    assert chat["model"] == "nanochat-d1-base" and chat["temperature"] == 0
+    asked = [
+        check_conversation(said, last="assistant")[0]["content"]
+        for said in chat["conversations"]
+    ]
+    assert asked == list(load("record").QUESTIONS)
 
 
 def test_the_scaling_law(tmp_path):

@@ -242,6 +242,17 @@ def test_tool_calls_become_events():
     assert "".join(e["token"] for e in events[1:]) == "So 3."
 
 
+def test_an_answer_before_the_end_of_a_call_ends_the_call():
+    tokenizer = tiny_tokenizer()
+    names = ("python_start", "output_start", "output_end")
+    opened, answered, closed = [tokenizer.encode_special(f"<|{n}|>") for n in names]
+    ids = [opened, *tokenizer.encode("1"), answered, closed, *tokenizer.encode("So")]
+    reader = ReplyReader(tokenizer, ControlTokens.of(tokenizer))
+    events = [event for i in ids for event in reader.read(i)]
+    assert events[0] == {"tool": "1", "result": ""}
+    assert "".join(e["token"] for e in events[1:]) == "So"
+
+
 def conversation(turns: int, text: str = "word") -> list[dict]:
     def pair(i):
         return [

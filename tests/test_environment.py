@@ -1,6 +1,5 @@
 """Every command under odd environments: it works or says what is wrong, in one line."""
 
-import json
 import os
 import subprocess
 import sys
@@ -53,24 +52,8 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    "A process that has imported what the commands need, and forks for each."
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield child
-    child.stdin.close()
-    child.wait()
-
-
 @pytest.fixture
-def in_a_fork(server):
+def in_a_fork(fork_server):
     "Return a function that runs `nanochat ARGV` in a changed environment."
 
     def run(
@@ -78,14 +61,13 @@ def in_a_fork(server):
     ) -> tuple[int, str]:
         out = folder / "out.txt"
         job = {"argv": argv, "environment": change, "umask": umask}
-        job |= {"folder": str(folder), "out": str(out)}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline()), out.read_text(errors="replace")
+        job |= {"folder": str(folder), "out": str(out), "err": str(out)}
+        return fork_server(job | {"stdin": os.devnull}), out.read_text(errors="replace")
 
     return run
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_command_works_or_says_why_not(name, tmp_path, in_a_fork):
     wrong = []
@@ -100,6 +82,7 @@ def test_every_command_works_or_says_why_not(name, tmp_path, in_a_fork):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("columns", [1, 5, 20, 400])
 def test_help_ends_on_any_terminal(columns, tmp_path, in_a_fork):
     for command in COMMANDS:
@@ -107,6 +90,7 @@ def test_help_ends_on_any_terminal(columns, tmp_path, in_a_fork):
         assert code == 0 and "--" in said, (command, said[-500:])
 
 
+@pytest.mark.posix
 def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     for command in ("plan", "speedrun", "base_train"):
         _, said = in_a_fork([command, "--help"], {}, tmp_path)
@@ -117,6 +101,7 @@ def test_help_names_the_command_that_was_typed(tmp_path, in_a_fork):
     assert code == 0 and all(name in said for name in COMMANDS)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("device, why", [("mps", "Apple silicon"), ("cuda", "no GPU")])
 def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     argv = ["base_train", "--preset=cpu", f"--device={device}"]
@@ -124,6 +109,7 @@ def test_a_device_that_is_not_there(device, why, tmp_path, in_a_fork):
     assert code == 2 and why in said and "Traceback" not in said
 
 
+@pytest.mark.posix
 def test_an_unwritable_folder(tmp_path, in_a_fork):
     "The umask takes every right away; root may write all the same."
     code, said = in_a_fork(["report"], {}, tmp_path, umask=0o777)

@@ -52,6 +52,7 @@ CHEATS = [
 ]
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_leaving_early_is_not_success(cheat, unsafe):
     result = execute_code(f"{cheat}\nassert False, 'tests'", timeout=5, unsafe=unsafe)
@@ -59,6 +60,7 @@ def test_leaving_early_is_not_success(cheat, unsafe):
     assert result.error and "\n" not in result.error
 
 
+@pytest.mark.posix
 def test_the_reason_of_a_failure_is_one_line(unsafe):
     reasons = {
         "assert 1 == 2, 'no'": "AssertionError: no",
@@ -72,6 +74,7 @@ def test_the_reason_of_a_failure_is_one_line(unsafe):
         assert (result.success, result.error) == (False, reason), program
 
 
+@pytest.mark.posix
 def test_limits_of_a_program(unsafe, monkeypatch):
     monkeypatch.setenv("SECRET", "42")
 
@@ -87,6 +90,7 @@ def test_limits_of_a_program(unsafe, monkeypatch):
     assert len(run("print('x' * 500_000)").stdout) == 64 * 1024
 
 
+@pytest.mark.posix
 def test_children_die_with_the_program(tmp_path):
     mark = tmp_path / "alive"
     child = f"import time; time.sleep(1); open({str(mark)!r}, 'w')"
@@ -101,6 +105,7 @@ def test_children_die_with_the_program(tmp_path):
 # ---- What a program in the room cannot do
 
 
+@pytest.mark.posix
 @needs_room
 def test_a_program_cannot_delete(tmp_path):
     kept = tmp_path / "folder" / "file"
@@ -114,6 +119,7 @@ def test_a_program_cannot_delete(tmp_path):
     assert not kept.exists()
 
 
+@pytest.mark.posix
 @needs_room
 def test_nothing_of_the_user_can_be_seen(tmp_path, monkeypatch):
     home, base, here = (tmp_path / name for name in ("home", "base", "here"))
@@ -131,6 +137,7 @@ def test_nothing_of_the_user_can_be_seen(tmp_path, monkeypatch):
     assert report(shown) == [False] * len(files)
 
 
+@pytest.mark.posix
 @needs_room
 def test_every_visible_file_is_one_that_python_needs():
     allowed = [*execution.visible_folders(), "/dev", "/tmp"]
@@ -145,6 +152,7 @@ print(json.dumps([f for f in seen if f not in allowed]))
     assert str(ROOT) not in allowed and str(Path.home()) not in allowed
 
 
+@pytest.mark.posix
 @needs_room
 def test_only_a_small_tmp_can_be_written():
     program = """
@@ -175,12 +183,14 @@ print(json.dumps(total))
     assert MAX_FILES // 2 < report(fill) <= MAX_FILES
 
 
+@pytest.mark.posix
 @needs_room
 def test_each_program_finds_an_empty_room():
     program = "print(json.dumps(os.listdir('/tmp'))); open('/tmp/left', 'w').close()"
     assert report(program) == report(program) == []
 
 
+@pytest.mark.posix
 @needs_room
 def test_environment_machine_and_user_are_not_told(monkeypatch):
     monkeypatch.setenv("SECRET", "42")
@@ -194,6 +204,7 @@ def test_environment_machine_and_user_are_not_told(monkeypatch):
         assert report("print(json.dumps(os.getuid()))") >= 20_000 and groups == []
 
 
+@pytest.mark.posix
 @needs_room
 def test_nobody_can_be_called():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -217,6 +228,7 @@ print(json.dumps(refused))
         hidden.close()
 
 
+@pytest.mark.posix
 @needs_room
 def test_other_processes_cannot_be_reached():
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -253,6 +265,7 @@ def living(mark):
     return count
 
 
+@pytest.mark.posix
 @needs_room
 def test_processes_are_few_and_none_is_left():
     mark = f"left-over-{os.getpid()}"
@@ -276,6 +289,7 @@ print(json.dumps([len(children), sum(c.poll() is None for c in children)]))
     assert living(mark) == 0
 
 
+@pytest.mark.posix
 @needs_room
 def test_a_program_may_use_the_installed_packages():
     assert (
@@ -312,12 +326,14 @@ def refusal():
     return message
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not LINUX, reason="bubblewrap exists on Linux only")
 def test_without_bubblewrap_a_program_is_refused(monkeypatch, tmp_path, forget):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt install bubblewrap" in refusal()
 
 
+@pytest.mark.posix
 def test_a_mac_is_told_to_use_a_container(monkeypatch, forget):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(
@@ -334,6 +350,7 @@ def test_windows_always_refuses(monkeypatch, unsafe):
         execute_code("print(1)", unsafe=unsafe)
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not LINUX, reason="bubblewrap exists on Linux only")
 @pytest.mark.parametrize(
     "script, reason",
@@ -352,6 +369,7 @@ def test_a_room_that_fails_is_tried_once(monkeypatch, tmp_path, forget, script, 
     assert (tmp_path / "calls").read_text() == "called\n"
 
 
+@pytest.mark.posix
 @needs_room
 def test_a_room_that_breaks_later_is_not_a_wrong_answer(monkeypatch, tmp_path):
     assert room_problem() == ""
@@ -361,6 +379,7 @@ def test_a_room_that_breaks_later_is_not_a_wrong_answer(monkeypatch, tmp_path):
         execute_code("print(1)")
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not LINUX, reason="bubblewrap exists on Linux only")
 def test_there_is_a_room_wherever_bubblewrap_can_build_one():
     bare = ["bwrap", "--unshare-net", "--unshare-pid", "--ro-bind", "/", "/", "true"]

@@ -63,6 +63,7 @@ class FakeCard:
     name, total_memory, major, minor = "NVIDIA H100 80GB HBM3", 85_017_493_504, 9, 0
 
 
+@pytest.mark.posix
 def test_the_facts_of_a_card(monkeypatch, tmp_path):
     assert common.gpu_facts() == {} or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -129,6 +130,7 @@ def test_a_container_without_device_files_has_no_card(unseen, monkeypatch, tmp_p
     assert common.nvidia_cards() == 0 and common.detect_preset() == "cpu"
 
 
+@pytest.mark.posix
 def test_without_device_files_the_drivers_program_is_asked(
     unseen, monkeypatch, tmp_path
 ):

@@ -151,7 +151,7 @@ def test_too_many_positions_are_an_error():
     with pytest.raises(ValueError, match="positions"):
         model(random_ids(1, 1), kv_cache=cache)
     small = cache_for(model, 1, capacity=4)
-    with pytest.raises(ValueError, match="holds 4 positions, 5 are needed"):
+    with pytest.raises(ValueError, match="holds 4 positions, but 5 are needed"):
         model(random_ids(1, 5), kv_cache=small)
 
 
@@ -303,8 +303,8 @@ def test_cache_bytes_are_the_caches_bytes():
 
 
 WRONG = [
-    ({"n_layer": 0}, "n_layer=0: sizes start at 1"),
-    ({"vocab_size": -3, "n_head": 0}, "vocab_size=-3, n_head=0: sizes start at 1"),
+    ({"n_layer": 0}, "n_layer=0: use at least 1"),
+    ({"vocab_size": -3, "n_head": 0}, "vocab_size=-3, n_head=0: use at least 1"),
     (
         {"n_embd": 770},
         "n_embd=770 is not an even multiple of n_head=6: use a multiple of 12",
@@ -385,10 +385,10 @@ def test_a_config_is_refused_or_makes_a_model_of_the_told_size(fields):
 @pytest.mark.parametrize(
     ("ids", "targets", "message"),
     [
-        ([[0, V]], None, f"token ids run from 0 to {V}, the model knows 0 to {V - 1}"),
-        ([[-1, 5]], None, f"token ids run from -1 to 5, the model knows 0 to {V - 1}"),
-        ([[0, 1]], [[2, V]], f"target ids run from 2 to {V}, the model knows -1 to"),
-        ([[0, 1]], [[-2, 0]], "target ids run from -2 to 0, the model knows -1 to"),
+        ([[0, V]], None, f"token ids run from 0 to {V}, but the model knows 0 to {V - 1}"),
+        ([[-1, 5]], None, f"token ids run from -1 to 5, but the model knows 0 to {V - 1}"),
+        ([[0, 1]], [[2, V]], f"target ids run from 2 to {V}, but the model knows -1 to"),
+        ([[0, 1]], [[-2, 0]], "target ids run from -2 to 0, but the model knows -1 to"),
     ],
 )
 def test_ids_that_the_model_lacks_are_named(ids, targets, message):

@@ -242,7 +242,7 @@ def test_base_loss_is_base_eval_without_core(way, monkeypatch, capsys, base_mode
     assert "core=none" in said and "val_bpb" in said
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="bash may be that of WSL")
+@pytest.mark.posix
 @pytest.mark.parametrize(
     "script, options", [("speedrun.sh", ""), ("runcpu.sh", "--preset cpu")]
 )

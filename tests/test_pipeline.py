@@ -303,6 +303,7 @@ def test_the_lab_fits_five_minutes_and_fetches_nothing(monkeypatch):
         make_plan(plan.model, chat.device_batch_size, chat.total_batch_size, 10)
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("preset", ["gpu-lab", "gpu1"])
 def test_a_speedrun_for_gpus_says_that_there_is_none(tmp_path, preset):

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -218,12 +217,13 @@ def test_float32_on_a_gpu_is_not_planned_like_a_cpu():
     assert parts["update"] < training_memory(config, 16, 4)["update"]
 
 
-def ask(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.plan", *options]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def ask(command):
+    "Return a function that runs `nanochat plan`."
+    return partial(command, "plan")
 
 
-def test_the_command_answers_in_a_table_and_in_json():
+def test_the_command_answers_in_a_table_and_in_json(ask):
     told = ask("--depth=20", "--gpus=8", "--gpu=h100", "--json=True")
     facts = json.loads(told.stdout.splitlines()[-1])
     assert facts["num_steps"] == 21_400 and facts["device_batch_size"] == 32
@@ -264,7 +264,7 @@ def write_record(monkeypatch, tmp_path):
     return lambda record: (tmp_path / "gpu.json").write_text(json.dumps(record))
 
 
-def test_a_measured_card_is_planned_by_its_measurement(write_record):
+def test_a_measured_card_is_planned_by_its_measurement(write_record, ask):
     write_record(invented_record())
     gpu = measured_gpu("h100")
     c = model_config(20, 65_536, 2048)
@@ -353,7 +353,7 @@ def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
         (["--gpu", "h100", "--device-batch-size", "64"], "use at most 32"),
     ],
 )
-def test_the_command_refuses_nonsense_in_one_line(options, message):
+def test_the_command_refuses_nonsense_in_one_line(ask, options, message):
     told = ask(*options)
     assert told.returncode == 2 and message in " ".join(told.stderr.split())
     assert "Traceback" not in told.stderr
@@ -415,16 +415,12 @@ def test_a_dry_run_refuses_what_training_refuses(wrong):
         walk(replace(config, **wrong), 512)
 
 
-def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(tmp_path):
-    command = [sys.executable, "-m", "scripts.base_train", "--preset", "gpu8"]
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
-
-    def go(*more):
-        return subprocess.run(
-            [*command, "--dry-run", *more], capture_output=True, text=True, env=env
-        )
-
-    told = go("--world", "8")
+def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(
+    command, tmp_path
+):
+    base = {"NANOCHAT_BASE_DIR": str(tmp_path)}
+    dry_run = partial(command, "base_train", "--preset=gpu8", "--dry-run", **base)
+    told = dry_run("--world=8")
     assert told.returncode == 0 and "rank 0 of 8: 2 x 16 rows" in told.stdout
-    wrong = go("--world", "3")
+    wrong = dry_run("--world=3")
     assert wrong.returncode == 2 and "x 3 ranks: use" in wrong.stderr

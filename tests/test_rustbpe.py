@@ -40,6 +40,7 @@ def test_interrupt_while_reading():
         signal.signal(signal.SIGINT, old)
 
 
+@pytest.mark.posix
 def test_interrupt_while_merging(text):
     "The handler's own error comes through, and the old vocabulary stays."
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import httpx
 import pytest
@@ -266,12 +267,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def script(base, *args, text=""):
+def in_a_new_process(base, *args):
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *args]
     return subprocess.run(
-        command,
-        input=text,
+        [sys.executable, "-m", *args],
         env=environment,
         capture_output=True,
         text=True,
@@ -279,10 +278,16 @@ def script(base, *args, text=""):
     )
 
 
-def test_chat_cli_holds_a_conversation(base):
+@pytest.fixture
+def at_base(base, command):
+    "Return a function that runs a command where that model is."
+    return partial(command, NANOCHAT_BASE_DIR=str(base))
+
+
+def test_chat_cli_holds_a_conversation(at_base):
     lines = ["Hello there", *["some more words"] * 4, "/clear", "x " * 300, "", "/quit"]
     args = "--max-tokens=8", "--seed=1", "--device=cpu"
-    done = script(base, "scripts.chat_cli", *args, text="\n".join(lines))
+    done = at_base("chat_cli", *args, text="\n".join(lines))
     assert done.returncode == 0, done.stderr
     assert "not fit into the context" in done.stdout  # oldest turns were dropped
     assert "[new conversation]" in done.stdout
@@ -290,16 +295,16 @@ def test_chat_cli_holds_a_conversation(base):
     assert "\x1b" not in done.stdout and "<|" not in done.stdout
 
 
-def test_chat_cli_answers_once(base):
+def test_chat_cli_answers_once(at_base):
     args = "-p", "Hello", "--source=sft", "--max-tokens=4", "--seed=1", "--device=cpu"
-    done = script(base, "scripts.chat_cli", *args)
+    done = at_base("chat_cli", *args)
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
 
 
 def test_a_compiled_engine_says_the_same(base):
     args = "-p", "Hello", "--max-tokens=4", "--temperature=0", "--device=cpu"
-    plain = script(base, "scripts.chat_cli", *args)
-    fixed = script(base, "scripts.chat_cli", *args, "--compile")
+    plain = in_a_new_process(base, "scripts.chat_cli", *args)
+    fixed = in_a_new_process(base, "scripts.chat_cli", *args, "--compile")
     assert fixed.returncode == 0, fixed.stderr
 
     def drop(text):
@@ -308,16 +313,17 @@ def test_a_compiled_engine_says_the_same(base):
     assert drop(fixed.stdout) == plain.stdout != fixed.stdout
 
 
-def test_a_port_in_use_is_one_line_and_exit_2(base):
+def test_a_port_in_use_is_one_line_and_exit_2(at_base):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = script(base, "scripts.chat_web", f"--port={port}", "--device=cpu")
+        done = at_base("chat_web", f"--port={port}", "--device=cpu")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert str(port) in done.stderr and "--port" in done.stderr
 
 
-def test_no_model_is_one_line_and_exit_2(tmp_path):
-    done = script(tmp_path, "scripts.chat_cli", "-p", "Hello", "--device=cpu")
+def test_no_model_is_one_line_and_exit_2(command, tmp_path):
+    base = {"NANOCHAT_BASE_DIR": str(tmp_path)}
+    done = command("chat_cli", "-p", "Hello", "--device=cpu", **base)
     assert done.returncode == 2 and "speedrun.sh" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

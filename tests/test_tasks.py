@@ -349,6 +349,7 @@ def test_f1_is_symmetric_and_bounded(a, b):
     assert 0 <= token_f1(a, b) == token_f1(b, a) <= 1
 
 
+@pytest.mark.posix
 def test_humaneval_grades_by_running():
     # The programs are known here, so a machine without a room can run them as well.
     task = HumanEval(unsafe=bool(room_problem()), stop=12)
@@ -513,12 +514,12 @@ def test_a_damaged_file_is_named(tmp_path):
     [
         ("{", "not JSON"),
         ('{"messages": 3}', "list of messages"),
-        ('[{"role": "user", "content": "a"}]', "alternate"),
+        ('[{"role": "user", "content": "a"}]', "end with 'assistant'"),
         (
             '[{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]',
-            "al",
+            "message 0 has role 'assistant'",
         ),
-        ('[["user", "a"]]', "role and content"),
+        ('[["user", "a"]]', "message 0 needs the keys 'role' and 'content'"),
     ],
 )
 def test_bad_conversations_are_named_by_line(tmp_path, line, message):

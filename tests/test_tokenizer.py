@@ -239,8 +239,8 @@ def test_what_is_no_row_of_ids_is_named(tok, ids, says):
     "end, says",
     [
         ("bos", "<|bos|>"),
-        ("", "no special token"),
-        ("<|eos|>", "no special token"),
+        ("", "not a special token"),
+        ("<|eos|>", "not a special token"),
         (365, "no such token"),
         (-1, "no such token"),
         (1.0, "must be an integer"),
@@ -273,9 +273,9 @@ def test_an_id_of_numpy_or_pytorch_stands_at_an_end(tok):
         (bytearray(b"bytes"), "got bytearray"),
         ({"a": 1}, "got dict"),
         ({"a"}, "got set"),
-        (["fine", None], "number 1 of the list is NoneType"),
-        (["fine", "fine", b"bytes"], "number 2 of the list is bytes"),
-        ([["fine"]], "number 0 of the list is list"),
+        (["fine", None], "item 1 of the list is NoneType"),
+        (["fine", "fine", b"bytes"], "item 2 of the list is bytes"),
+        ([["fine"]], "item 0 of the list is list"),
         (Path("fine"), "got "),
     ],
 )
@@ -294,7 +294,7 @@ def test_texts_of_any_iterable(tok):
 
 @pytest.mark.parametrize("name", ["bos", None, 3, ["<|bos|>"], b"<|bos|>"])
 def test_special_tokens_are_asked_for_by_name(tok, name):
-    with pytest.raises(UserError, match="no special token"):
+    with pytest.raises(UserError, match="not a special token"):
         tok.encode_special(name)
 
 
@@ -769,6 +769,30 @@ def test_commands_name_mistakes(tmp_path, monkeypatch):
         tok_train.train_tokenizer(tok_train.TokTrainConfig(data="/no/such/place"))
     with pytest.raises(UserError, match=r"scripts\.tok_train"):
         tok_eval.compare_tokenizers(tok_eval.TokEvalConfig())
+
+
+def test_another_tokenizer_is_not_replaced_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    small = {"max_chars": 100_000, "numbers": 1}
+
+    def train(**options: object) -> str:  # the fingerprint of what is there afterwards
+        tok_train.train_tokenizer(tok_train.TokTrainConfig(**small, **options))
+        return get_tokenizer().fingerprint()
+
+    first = train(vocab_size=400)
+    file = tmp_path / "tokenizer" / FILE_NAME
+    assert train(vocab_size=400) == first  # the same settings, the same result
+    with pytest.raises(UserError, match=r"holds another .*DIR.*--overwrite"):
+        train(vocab_size=401)
+    assert get_tokenizer().fingerprint() == first
+    second = train(vocab_size=401, overwrite=True)
+    assert second != first
+
+    # What cannot be read may still be somebody's tokenizer.
+    file.write_text(file.read_text().replace("{1,2}", "{1,3}"))
+    with pytest.raises(UserError, match=r"not usable.*--overwrite"):
+        train(vocab_size=401)
+    assert train(vocab_size=401, overwrite=True) == second
 
 
 def test_no_test_file_is_read():

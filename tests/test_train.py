@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -524,7 +523,7 @@ def test_kill_then_resume(base_dir, tiny):
     deadline = time.time() + 120
     while not checkpoint.list_steps(folder) and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     done = checkpoint.list_steps(folder)[-1]
     assert 0 < done < 400
@@ -568,6 +567,7 @@ def test_two_ranks_train_like_one(base_dir, tiny):
     assert len(list(folder.glob("optimizer_*_of_00002.safetensors"))) == 2
 
 
+@pytest.mark.posix
 @pytest.mark.timeout(240)
 def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
     "The Slurm script with two torchrun agents on this machine."

@@ -61,6 +61,8 @@ def test_what_the_wheel_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for needed in ("settings.ini", "py.typed", "ui/index.html", "data/manifest.json"):
         assert f"nanochat/{needed}" in names, needed
+    for needed in ("__init__.pyi", "py.typed"):  # types of the compiled crate
+        assert f"rustbpe/{needed}" in names, needed
     unwanted = (
         "_nbdev",
         "_modidx",

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Section(NamedTuple):
@@ -88,9 +88,10 @@ def all_sections() -> dict[str, Section]:
     return SECTIONS | (load_file(extra).SECTIONS if extra else {})
 
 
-def load_file(path: str):
+def load_file(path: str) -> Any:
     "Import a Python file that is not part of a package."
     spec = importlib.util.spec_from_file_location("extra_sections", path)
+    assert spec and spec.loader, f"{path} is no Python file"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

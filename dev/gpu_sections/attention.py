@@ -48,7 +48,11 @@ def derive(inputs: list[Tensor], window: int, kernel: str) -> dict[str, Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     y = attend(q, k, v, window=window, kernel=kernel)
     y.backward(inputs[3].to(y.dtype))
-    return {"output": y.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    found = {"output": y.detach()}
+    for name, x in (("dq", q), ("dk", k), ("dv", v)):
+        assert x.grad is not None, f"no {name}"
+        found[name] = x.grad
+    return found
 
 
 def attention(scale: Scale, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from typing import Any
 
 import torch
 
@@ -17,7 +18,12 @@ def device(scale: Scale, report: Report) -> None:
             missing=f"PyTorch {torch.__version__}, built for {built}, sees none"
         )
         return
-    device = {"name": "CPU", "memory_gib": None, "driver": "", "cuda": ""}
+    device: dict[str, Any] = {
+        "name": "CPU",
+        "memory_gib": None,
+        "driver": "",
+        "cuda": "",
+    }
     device |= {"capability": "", "key": None}
     if not scale.tiny:
         facts = torch.cuda.get_device_properties(0)

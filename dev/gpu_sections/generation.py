@@ -103,11 +103,11 @@ def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
     graph = greedy(kept, prompts, 8, caught)
     if model.get_device().type == "cuda":
         report.check(f"{name}: not captured", not caught.graph, 0)
-    differ = (graph != static).sum()
+    differ = (graph != static).sum().item()
     report.check(f"{name}: greedy ids, graph against the same uncaptured", differ, 0)
     # In bf16, rounding decides between nearly equal logits, and it differs by kernel.
     if model.dtype == torch.float32:
-        differ = (graph != wanted).sum()
+        differ = (graph != wanted).sum().item()
         report.check(f"{name}: greedy ids, graph against eager", differ, 0)
 
 
@@ -255,7 +255,7 @@ def same_ids(how: str, batch: int, found: tuple, report: Report) -> None:
     report.note(**{f"{name}: share of ids that agree": agree})
 
 
-FIRST = {}  # batch size -> (how, ids, logits) of this process
+FIRST: dict[int, tuple] = {}  # batch size -> (how, ids, logits) of this process
 
 
 def transformers_batches(

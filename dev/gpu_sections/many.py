@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,7 @@ def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
     from nanochat.config import BaseConfig
     from nanochat.dry_run import walk
 
-    sizes = dict(depth=20, device_batch_size=16)
+    sizes: dict[str, Any] = dict(depth=20, device_batch_size=16)
     if scale.tiny:
         sizes = dict(depth=1, device_batch_size=1, max_seq_len=64)
         sizes |= dict(total_batch_size=64 * 2 * WORLD)

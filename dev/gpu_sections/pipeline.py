@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from gpu_sections.tools import Report, Scale, Skip, require_crate
 
@@ -28,7 +29,7 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
     options = {k: type(getattr(BaseConfig, k))(v) for k, v in read.items()}
     options |= dict(num_iterations=STEPS, eval_every=-1, save_every=-1)
     vocab = int(read_preset("tok_train", "cpu")["vocab_size"])
-    limits = dict(data="embedded")
+    limits: dict[str, Any] = dict(data="embedded")
     if scale.tiny:
         options |= dict(depth=1, max_seq_len=64, device_batch_size=4, eval_tokens=1024)
         options |= dict(total_batch_size=512, num_iterations=8, compile=False)

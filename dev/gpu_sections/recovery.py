@@ -5,6 +5,7 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -103,7 +104,8 @@ def start(folder: Path, scale: Scale):  # a process
     "Start a run in a fork; this process has not used the GPU."
     folder.mkdir(exist_ok=True)
     method = os.environ.get("GPU_START", "fork")
-    process = get_context(method).Process(target=be_killed, args=(folder, scale))
+    context: Any = get_context(method)
+    process = context.Process(target=be_killed, args=(folder, scale))
     process.start()
     return process
 

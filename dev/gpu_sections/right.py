@@ -1,6 +1,7 @@
 """Compare the model on the GPU with the CPU, bf16 with fp32, and compiled with eager."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ from nanochat.functional import cross_entropy, softcap
 from nanochat.gpt import GPT, GPTConfig, extra_values, smear, take_back, weigh
 from nanochat.head import linear_cross_entropy
 
-VARIANTS = {  # fields of a config that differ from the default model
+# Fields of a config that differ from the default model.
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "grouped heads": {"n_kv_head": 2},
     "one key-value head": {"n_kv_head": 1},

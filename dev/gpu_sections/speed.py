@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -97,7 +98,8 @@ class Trainer:
         self.model = large_model(self.config, scale)
         if wrap:
             wrap(self.model)
-        options = {"mode": mode, "backend": scale.backend}
+        options: dict[str, Any] = {"mode": mode, "backend": scale.backend}
+        self.call: Callable[..., Any]
         if guard:
             self.call = compile_model(self.model, **options)
         else:
@@ -116,6 +118,11 @@ class Trainer:
         self.optimizer.grad_norm()
         self.optimizer.step(1.0, 0.95)
 
+    def once(self) -> None:
+        "Take an optimizer step after two micro-batches."
+        self.passes(2)
+        self.update()
+
     def step(self) -> None:
         "Take a whole step."
         self.optimizer.zero_grad()
@@ -124,7 +131,8 @@ class Trainer:
 
     def close(self) -> None:
         "Free the memory."
-        self.model = self.call = self.optimizer = self.batch = None
+        # Nothing uses them afterwards, so their types leave None out.
+        self.model = self.call = self.optimizer = self.batch = None  # type: ignore[assignment]
         clean(self.scale)
 
 
@@ -169,7 +177,7 @@ def measure(trainer: Trainer, report: Report) -> dict:
     report.note(first_pass_seconds=first)  # each figure is saved as soon as it is known
     again = statistics.median(elapsed(trainer.passes, scale) for _ in range(3))
     trainer.update()  # allocates its buffers
-    peak = peak_of(lambda: (trainer.passes(2), trainer.update()), scale)
+    peak = peak_of(trainer.once, scale)
     updates = [elapsed(trainer.update, scale) for _ in range(3)]
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
     rate = trainer.micro * trainer.tokens / seconds
@@ -292,7 +300,7 @@ def levers(scale: Scale, report: Report) -> None:
 
 def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
     "Return, for each kernel that can run, how to make a model use it; note the others."
-    found = {}
+    found: dict[str, Callable] = {}
     for name in KERNELS:
         if name in ("twin", "blocks", "mask"):
             continue  # the twin, and kernels for CPUs and ragged rows
@@ -335,7 +343,8 @@ def lever(
     if scale.left() < scale.pick(20, 0):
         return add_lever(name, {"note": "no time left"}, report)
     batch = batch or scale.pick(16, 2)
-    found = {}
+    found: dict[str, Any] = {}
+    trainer: Trainer | None = None
     try:
         with quiet_gc() if quiet else nullcontext():
             trainer = Trainer(scale, batch, report.figures["layers"], **change)
@@ -419,4 +428,4 @@ def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
         optimizer.zero_grad()
     with torch.no_grad():
         losses = [model(x, y).item() for x, y in pairs[steps:]]
-    return nats_to_bits(statistics.mean(losses))
+    return float(nats_to_bits(statistics.mean(losses)))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import UserError
-from .common import Task, check_messages
+from ..conversation import check_conversation
+from .common import Task
 
 # %% ../../nbs/09_evaluation.ipynb #8ccf6839
 class CustomJSON(Task):
@@ -38,10 +39,13 @@ class CustomJSON(Task):
         where = f"{self.path}, line {number}"
         try:
             row = json.loads(line)
+            row = row if isinstance(row, dict) else {"messages": row}
+            check_conversation(row, last="assistant")
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error})") from error
-        row = row if isinstance(row, dict) else {"messages": row}
-        return {**row, "messages": check_messages(row.get("messages"), where)}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return row
 
     def num_examples(self) -> int:
         "Return the number of conversations."

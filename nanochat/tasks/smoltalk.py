@@ -8,7 +8,9 @@ __all__ = ['SmolTalk']
 # %% ../../nbs/09_evaluation.ipynb #4a30adf2
 from typing import Any
 
-from .common import RowsTask, check_messages
+from ..common import UserError
+from ..conversation import check_conversation
+from .common import RowsTask
 
 # %% ../../nbs/09_evaluation.ipynb #6c9c76ed
 class SmolTalk(RowsTask):
@@ -23,5 +25,8 @@ class SmolTalk(RowsTask):
 
     def get_example(self, index: int) -> dict[str, Any]:
         "Return one conversation."
-        messages = self.row(index)["messages"]
-        return {"messages": check_messages(messages, f"SmolTalk row {index}")}
+        try:
+            messages = check_conversation(self.row(index), last="assistant")
+        except UserError as error:
+            raise UserError(f"SmolTalk row {index}: {error}") from None
+        return {"messages": messages}

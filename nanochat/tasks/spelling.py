@@ -92,7 +92,7 @@ class SpellingBee(WordsTask):
             ("text", f"The answer is {count}."),
         ]
         answer = [{"type": kind, "text": text} for kind, text in parts]
-        messages = [{"role": "user", "content": question}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
         messages.append({"role": "assistant", "content": answer})
         return {"messages": messages, "answer": str(count)}
 

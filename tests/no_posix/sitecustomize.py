@@ -13,10 +13,9 @@ What is different for ours:
   is "nt" and `sys.platform` "win32";
 - files: one that is open cannot be renamed or removed, one that is only read cannot be
   flushed, a folder cannot be opened, a name cannot hold a colon or end in a dot, links
-  are refused, and text is written with \\r\\n unless the caller says otherwise.
+  are refused, and text is cp1252 with \\r\\n unless the caller says otherwise.
 
-Paths still have slashes, and the default encoding stays: `-X warn_default_encoding` and
-ruff's PLW1514 look for files that are opened without one.
+Paths still have slashes, and what other libraries do with a path is not looked at.
 """
 
 import builtins
@@ -208,10 +207,12 @@ open_file = io.open
 def open_with_newlines(
     file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **rest
 ):
-    "Open a file; write our text with the line ends of Windows."
-    written = set(mode) & set("wax+") and "b" not in mode
-    if written and newline is None and any(map(is_ours, callers(depth=4))):
-        newline = "\r\n"
+    "Open a file; our text has the line ends and the encoding of Windows."
+    if "b" not in mode and any(map(is_ours, callers(depth=4))):
+        if newline is None and set(mode) & set("wax+"):
+            newline = "\r\n"
+        if encoding in (None, "locale"):
+            encoding = "cp1252"
     return open_file(file, mode, buffering, encoding, errors, newline, **rest)
 
 
