@@ -1,4 +1,4 @@
-"""Keep the results of a speedrun as evidence: one JSON file without paths.
+"""Save the results of a speedrun as evidence, in one JSON file without paths.
 
 python dev/record.py dev/records/speedrun_cpu.json
 """
@@ -35,7 +35,7 @@ def slim(section: dict) -> dict:
 
 
 def curve(path) -> list:
-    "Thin a log to about 150 points (step, loss or reward)."
+    "Reduce a log to about 150 points (step, loss or reward)."
     points = [(r["step"], r.get("loss", r.get("reward"))) for r in read_log(path)]
     points = [(step, round(y, 4)) for step, y in points if y is not None]
     return points[:: max(1, len(points) // 150)]
@@ -56,10 +56,10 @@ def interview() -> dict:
 
 
 def main(target: str) -> None:
-    "Collect what the stages saved and logged."
+    "Collect the stages' results and logs."
     base = get_base_dir()
 
-    # A stage that was not run has no section, one without a log no curve.
+    # A stage that was not run has no section; one without a log has no curve.
     sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]
     record = {

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run tests under another PyTorch or Python, in a virtual environment of its own.
+# Run tests with another version of PyTorch or Python, in a separate virtual environment.
 #
-#   bash dev/versions.sh 2.11.0                            what depends on PyTorch's insides
-#   bash dev/versions.sh 2.9.0 tests/test_optim.py         chosen tests
-#   PYTHON=python3.13 bash dev/versions.sh 2.15.0 tests    all of them, under another Python
+#   bash dev/versions.sh 2.11.0                            tests that depend on PyTorch's internals
+#   bash dev/versions.sh 2.9.0 tests/test_optim.py         selected tests
+#   PYTHON=python3.13 bash dev/versions.sh 2.15.0 tests    all tests, with another Python
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 version=${1:?say which version of torch, for example 2.11.0}

@@ -271,7 +271,7 @@ def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
         main(BaseConfig(**tiny, fp8=True))
     main(BaseConfig(**tiny, fp8=True, tag="eight"))
     said = capsys.readouterr().out
-    assert "12 products" in said and "slower" in said
+    assert "12 linear layers" in said and "slower" in said
 
 
 @pytest.mark.slow

@@ -182,7 +182,15 @@ def test_help_tells_what_each_option_is_for(capsys):
     assert "a .jsonl file of your own conversations" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse_config(BaseConfig, "base_train", ["--help"])
-    assert "layers: the one dial" in capsys.readouterr().out
+    assert "number of layers" in capsys.readouterr().out
+
+
+def test_help_lists_a_commands_own_options_first(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(BaseConfig, "base_train", ["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(option) for option in ("--depth", "--data", "--seed")]
+    assert places == sorted(places)
 
 
 def test_the_module_of_the_report_generates_and_resets(monkeypatch, capsys):
