@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from datetime import date
+from typing import Any
 
 from nanochat.chat_cli import ChatCliConfig, reply
 from nanochat.common import environment, get_base_dir, read_log
@@ -20,7 +21,7 @@ QUESTIONS = (
     "How do you spell beauty?",
     "Who are you?",
 )
-SAMPLING = {"temperature": 0.0, "top_k": 50, "max_tokens": 48}  # greedy
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": 50, "max_tokens": 48}  # greedy
 
 
 def slim(section: dict) -> dict:

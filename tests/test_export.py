@@ -590,7 +590,9 @@ def test_c_a_july_model_is_adopted_trained_and_not_exported(home, tmp_path):
     again(ids, ids).backward()
     optimizer.step()
     assert all(not torch.equal(p, before[n]) for n, p in again.named_parameters())
-    with pytest.raises(UserError, match=r"smear=True, backout=True: this model cannot be exported"):
+    with pytest.raises(
+        UserError, match=r"smear=True, backout=True: this model cannot be exported"
+    ):
         export_hf(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -385,9 +385,21 @@ def test_a_config_is_refused_or_makes_a_model_of_the_told_size(fields):
 @pytest.mark.parametrize(
     ("ids", "targets", "message"),
     [
-        ([[0, V]], None, f"token ids run from 0 to {V}, but the model knows 0 to {V - 1}"),
-        ([[-1, 5]], None, f"token ids run from -1 to 5, but the model knows 0 to {V - 1}"),
-        ([[0, 1]], [[2, V]], f"target ids run from 2 to {V}, but the model knows -1 to"),
+        (
+            [[0, V]],
+            None,
+            f"token ids run from 0 to {V}, but the model knows 0 to {V - 1}",
+        ),
+        (
+            [[-1, 5]],
+            None,
+            f"token ids run from -1 to 5, but the model knows 0 to {V - 1}",
+        ),
+        (
+            [[0, 1]],
+            [[2, V]],
+            f"target ids run from 2 to {V}, but the model knows -1 to",
+        ),
         ([[0, 1]], [[-2, 0]], "target ids run from -2 to 0, but the model knows -1 to"),
     ],
 )
