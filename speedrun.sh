@@ -2,7 +2,7 @@
 # From raw text to a chat reply: the whole pipeline, sized for this machine.
 #
 #   bash speedrun.sh                  uses 8 GPUs, 1 GPU or the CPU, whichever is available
-#   bash speedrun.sh --preset cpu     a preset of settings.ini: cpu, gpu-lab, gpu1 or gpu8
+#   bash speedrun.sh --preset cpu     a preset of settings.ini: cpu, tiny, gpu-lab, gpu1 or gpu8
 #   bash speedrun.sh --depth 12       accepts any option of base_train
 #
 # Ctrl-C stops between two optimizer steps; the same command resumes from there.

@@ -740,6 +740,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nanochat.rl.policy_loss': ('evaluation.html#policy_loss', 'nanochat/rl.py'),
                              'nanochat.rl.policy_step': ('evaluation.html#policy_step', 'nanochat/rl.py'),
                              'nanochat.rl.practice_questions': ('evaluation.html#practice_questions', 'nanochat/rl.py'),
+                             'nanochat.rl.practice_sums': ('evaluation.html#practice_sums', 'nanochat/rl.py'),
                              'nanochat.rl.reinforce': ('evaluation.html#reinforce', 'nanochat/rl.py'),
                              'nanochat.rl.roll_out': ('evaluation.html#roll_out', 'nanochat/rl.py'),
                              'nanochat.rl.room_for_reply': ('evaluation.html#room_for_reply', 'nanochat/rl.py'),

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -306,7 +307,14 @@ def open_tasks(
     everything = config.tasks == "all"
     names = list(TASKS) if everything else config.tasks.split("|")
     if unknown := [name for name in names if name not in TASKS]:
-        raise UserError(f"no task {unknown[0]!r}: choose from {' | '.join(TASKS)}")
+        known = {name.lower(): name for name in TASKS}
+        close = get_close_matches(unknown[0].lower(), known, n=1)
+        hint = f"did you mean {known[close[0]]}? " if close else ""
+        raise UserError(
+            f"no task {unknown[0]!r}: {hint}choose from {' | '.join(TASKS)}"
+        )
+    if left_out := [name for name in TASKS if name not in names]:
+        print0(f"left out: {', '.join(left_out)} (--tasks all asks everything)")
 
     # Only HumanEval runs generated programs and therefore needs the room.
     tasks: dict[str, Task] = {}
@@ -351,7 +359,8 @@ def task_line(name: str, result: dict[str, Any]) -> str:
     accuracy, low, high = (100 * result[k] for k in ("accuracy", "low", "high"))
     line = (
         f"{name:14} {accuracy:5.1f} %  95 % interval [{low:.1f}, {high:.1f}]  "
-        f"n {result['n']}  chance {100 * result['chance']:.0f} %"
+        f"stderr {100 * result['stderr']:.1f}  n {result['n']}  "
+        f"chance {100 * result['chance']:.0f} %"
     )
     if result["ended"] is not None:
         line += f"  ended {100 * result['ended']:.1f} %"

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from .accounting import parameter_counts, training_memory
 from nanochat.common import (
+    SMALL,
     UserError,
     compute_dtype,
     compute_init,
@@ -208,7 +209,7 @@ def machine_speed(device: torch.device, preset: str, width: int) -> Speed:
             gpu = measured_gpu(key)
             source = f"of its data sheet, {gpu.source}"
             return Speed(gpu.peak * world, utilization(gpu, width), source)
-    elif preset != "cpu":  # previewing a GPU preset without GPUs: assume H100s
+    elif preset not in SMALL:  # previewing a GPU preset without GPUs: assume H100s
         return Speed(989e12 * world, 0.45, "that an H100's data sheet gives")
     return Speed(matmul_rate(device) * world, 0.45, "just measured")
 
@@ -219,7 +220,7 @@ def machine_plan(config: PlanConfig, preset: str, device: torch.device) -> Plan:
     world = 8 if preset == "gpu8" else 1
     kind = device.type
     itemsize = compute_dtype(device, config.dtype).itemsize
-    if kind == "cpu" and preset != "cpu":
+    if kind == "cpu" and preset not in SMALL:
         # The preset's GPUs are not here, but they would have bfloat16.
         kind = "cuda"
         itemsize = 4 if config.dtype == "float32" else 2
@@ -286,7 +287,7 @@ def show_machine(config: PlanConfig, console: Console) -> None:
 
     # What was found here, what the run will do, and what it needs.
     machine = ", ".join(facts["gpus"]) or f"{facts['cpus']} CPU cores, no GPU"
-    kind = "memory" if preset == "cpu" else "memory on each GPU"
+    kind = "memory" if preset in SMALL else "memory on each GPU"
     in_all = " (a quarter of an hour in all on two cores)" if preset == "cpu" else ""
     rows = {
         "machine": f"{machine}, {facts['memory_gib']} GiB of memory",

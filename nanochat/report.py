@@ -227,9 +227,17 @@ def task_row(
 ) -> list[str]:
     "Return one table row: the accuracy of every stage on a task."
     results = [chat.get("tasks", {}).get(name) for chat in chats]
-    one = next(r for r in results if r)  # n and chance are the same in every stage
-    label = f"{name} (n = {one['n']}, chance {percent(one['chance'])})"
-    return [label, *map(accuracy_cell, results)]
+    asked = [r for r in results if r]
+    counts = {r["n"] for r in asked}
+    # One number of questions stands beside the name, different ones in their cells.
+    number = f"n = {asked[0]['n']}, " if len(counts) == 1 else ""
+    label = f"{name} ({number}chance {percent(asked[0]['chance'])})"
+    cells = [accuracy_cell(result) for result in results]
+    if len(counts) > 1:
+        cells = [
+            f"{cell} (n = {r['n']})" if r else cell for cell, r in zip(cells, results)
+        ]
+    return [label, *cells]
 
 
 def summary_table(

@@ -29,7 +29,13 @@ from pathlib import Path
 
 import torch
 
-from .common import UserError, detect_preset, find_settings, get_base_dir
+from nanochat.common import (
+    SMALL,
+    UserError,
+    detect_preset,
+    find_settings,
+    get_base_dir,
+)
 from .config import BaseConfig
 from .preview import PlanConfig, preview
 
@@ -194,7 +200,7 @@ def speedrun(config: SpeedrunConfig) -> None:
     "Run the whole pipeline with the preset for this machine."
     preset = detect_preset()
     os.environ["NANOCHAT_PRESET"] = preset
-    if preset != "cpu" and not torch.cuda.is_available():
+    if preset not in SMALL and not torch.cuda.is_available():
         raise UserError(
             f"preset {preset} needs a GPU, but torch sees none: use --preset cpu"
         )

@@ -20,6 +20,7 @@ import torch
 from nanochat import dataset
 from nanochat.cli import COMMANDS, run_command
 from nanochat.common import (
+    PRESETS,
     UserError,
     get_base_dir,
     parse_config,
@@ -274,7 +275,7 @@ def test_flags_win_over_the_preset(monkeypatch):
     assert alone.overwrite is True and alone.depth == 5
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu1", "gpu8", "gpu-lab"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_existing_options(preset, monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRESET", "")  # --preset sets it, for this process
     import configparser
