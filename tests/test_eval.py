@@ -437,7 +437,7 @@ def test_the_real_bundle_is_read(tmp_path):
         ": ",
         0.5,
     )
-    with pytest.raises(UserError, match="no evaluation bundle"):
+    with pytest.raises(UserError, match="not an evaluation bundle"):
         core_eval.load_bundle(tmp_path / "nowhere")
     real = os.environ.get("NANOCHAT_EVAL_BUNDLE")  # DCLM's own, where it is at hand
     assert not real or len(core_eval.load_bundle(real)) == 22
