@@ -1,12 +1,12 @@
-"""What is each optimization of the crate worth? Take them out, one at a time, and measure.
+"""Measure what each optimization of the crate is worth by removing them one at a time.
 
-python dev/ablate_crate.py                    the embedded training text, three minutes
-python dev/ablate_crate.py --record FILE      keep the table as Markdown
-python dev/ablate_crate.py --tiny             two variants, not optimized, on little text
+python dev/ablate_crate.py                    on the embedded training text; three minutes
+python dev/ablate_crate.py --record FILE      also save the table as Markdown
+python dev/ablate_crate.py --tiny             two unoptimized variants on little text
 
-Every variant is the crate's source with a line or two replaced; a line that is no longer
-there stops the script. All variants must give the same ids. Each measurement is a process
-on one thread; the variants take turns, and the table shows medians.
+Every variant is the crate's source with a line or two replaced; the script stops if such a
+line no longer exists. All variants must give the same ids. Each measurement is a separate
+single-threaded process; variants alternate, and the table shows medians.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CRATE = Path(__file__).resolve().parents[1] / "rustbpe"
 BUILT = CRATE / "target"  # shared, so that only the crate itself is compiled again
 FX = "use rustc_hash::FxHashMap;"
 SIP = "use std::collections::HashMap as FxHashMap;"
-VARIANTS = {  # name -> [(file, what stands there, what replaces it)]
+VARIANTS = {  # name -> [(file, original text, replacement)]
     "as committed": [],
     "the regex engine instead of the scanner": [
         ("split.rs", "match Rules::of(pattern) {", 'match Rules::of("") {')
@@ -70,7 +70,7 @@ PHASES = ("split", "count", "merge", "encode", "encode, 2,048 tokens")
 
 
 def copy_crate(changes: list, source: Path) -> None:
-    "Copy the crate's source and replace what a variant replaces."
+    "Copy the crate's source and apply a variant's replacements."
     shutil.rmtree(source, ignore_errors=True)
     ignore = shutil.ignore_patterns("target", "fuzz")
     shutil.copytree(CRATE, source, ignore=ignore)
@@ -87,7 +87,7 @@ def build(changes: list, folder: Path, profile: str) -> Path:
     source = folder / "crate"
     copy_crate(changes, source)
     command = ["cargo", "build", "-q", "--profile", profile, "--example", "phases"]
-    # No RUSTFLAGS: other flags would compile all dependencies again.
+    # No RUSTFLAGS, because other flags would recompile all dependencies.
     env = os.environ | {"CARGO_TARGET_DIR": str(BUILT)}
     subprocess.run(command, cwd=source, env=env, check=True)
     place = "debug" if profile == "dev" else profile
@@ -99,8 +99,8 @@ def measure(
     repeats: int,
     docs: list[str],
     profile: str = "release",  # cargo's
-) -> dict[str, list]:  # variant -> what each run says
-    "Compile the variants and run their programs in turns."
+) -> dict[str, list]:  # variant -> results of its runs
+    "Compile the variants and run their programs alternately."
     results: dict[str, list] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,7 +111,7 @@ def measure(
             built = build(VARIANTS[variant], folder, profile)
             programs[variant] = shutil.copy(built, folder / str(i))
 
-        # Taking turns, so that a noisy minute hits all of them.
+        # Alternate, so that a noisy minute affects all of them.
         env = os.environ | {"RAYON_NUM_THREADS": "1"}
         for _ in range(repeats):
             for variant, program in programs.items():
@@ -126,12 +126,12 @@ def measure(
 
 
 def middle(runs: list[dict], phase: str) -> float:
-    "Return the median of the seconds that a phase took."
+    "Return the median seconds of a phase."
     return statistics.median(run[phase] for run in runs)
 
 
 def table(results: dict[str, list], size: float) -> list[str]:
-    "Lay out the medians; a factor marks what became slower by more than 8 %."
+    "Format the medians as a table; a factor marks a slowdown of more than 8 %."
     plain = results["as committed"]
     lines = [
         "# The crate without each of its optimizations\n",
@@ -155,10 +155,10 @@ def table(results: dict[str, list], size: float) -> list[str]:
 
 
 def main() -> None:
-    "Measure, print the table, keep it."
+    "Measure, print the table and save it if asked to."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--repeats", type=int, default=9, help="processes of each variant"
+        "--repeats", type=int, default=9, help="processes per variant"
     )
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--tiny", action="store_true", help="two variants, little text")

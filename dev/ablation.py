@@ -1,11 +1,11 @@
-"""What is each choice of the architecture worth? Bits per byte at equal tokens.
+"""Measure what each architectural choice is worth, in bits per byte at equal tokens.
 
 python dev/ablation.py --record dev/records/ablation.json        about two hours on two cores
 
-The default model, the same with one choice of the guide's era exchanged, and the same with one
-later idea switched on: same text in the same order, same number of tokens. Each variant gets
-the best of three or more learning rates (a factor on all rates), found with one seed, and is then
-trained from two more. Speed and memory are measured afterwards, variants taking turns.
+The variants are the default model, the same with one choice replaced by an older one, and the
+same with one later idea added, all trained on the same tokens in the same order. Each variant
+uses the best of three or more factors on all learning rates, found with one seed, and is then
+trained with two more seeds. Speed and memory are measured afterward, alternating variants.
 """
 
 import argparse
@@ -41,17 +41,17 @@ from nanochat.train import accumulate
 
 BASE = {"sequence_len": 256, "vocab_size": 2048, "n_layer": 4, "n_head": 4}
 BASE |= {"n_kv_head": 4, "n_embd": 128}
-ROWS = 8  # 2,048 tokens a step
+ROWS = 8  # 2,048 tokens per step
 STEPS = 120
 SEEDS = (1, 2, 3)
 FACTORS = (0.5, 1.0, 2.0)
 
 
-# ---- Choices exchanged. Each function changes a model before it is initialized.
+# ---- Replaced choices. Each function changes a model before it is initialized.
 
 
 class Positioned(nn.Embedding):
-    "A token table with a learned vector for each position."
+    "A token embedding plus a learned vector for each position."
 
     def __init__(self, rows: int, width: int, length: int):
         super().__init__(rows, width)
@@ -62,7 +62,7 @@ class Positioned(nn.Embedding):
 
 
 class SwiGLU(nn.Module):
-    "The gated MLP, with a hidden width that keeps the number of weights."
+    "A gated MLP, with a hidden width that keeps the number of weights."
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class SwiGLU(nn.Module):
 
 
 class TiedHead(nn.Module):
-    "A head that uses the token table."
+    "A head that shares its weights with the token embedding."
 
     def __init__(self, table: nn.Embedding):
         super().__init__()
@@ -90,7 +90,7 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)
 
 
-# A stand-in takes what the function takes that it stands for.
+# A stand-in has the same parameters as the function that it replaces.
 
 
 def learned_positions(model):
@@ -166,7 +166,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable | None]] = {
 
 
 def fresh_model(name: str, seed: int) -> GPT:
-    "Build a variant in this process, which it may change for good."
+    "Build a variant in this process, possibly changing it permanently."
     fields, exchange = VARIANTS[name]
     model = GPT(GPTConfig(**BASE | fields))
     if exchange:
@@ -184,11 +184,11 @@ def fresh_model(name: str, seed: int) -> GPT:
 
 
 def optimizer_of(model: GPT, name: str, factor: float):
-    "Set the optimizer up with all rates times a factor."
+    "Set up the optimizer with all learning rates times a factor."
     known = optim.roles
 
     def roles(name, parameter):
-        if name.endswith("places"):  # learned positions train as the embedding does
+        if name.endswith("places"):  # learned positions train like the embedding
             return ["embedding"]
         return known(name, parameter)
 
@@ -222,7 +222,7 @@ def train_one(name: str, seed: int, factor: float, folder: str, steps: int) -> d
 
 
 def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
-    "Train in a process of its own; a run that was done before is looked up."
+    "Train in a separate process, or return the stored result of an earlier run."
     log = Path(folder) / "runs.jsonl"
     done = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     wanted = {"name": name, "seed": seed, "factor": factor, "steps": steps}
@@ -230,7 +230,7 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
         if wanted.items() <= row.items():
             return row["bpb"]
 
-    # A process of its own, so that no run finds the memory or threads of another.
+    # A separate process, so that runs do not share memory or threads.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = [name, str(seed), str(factor), folder, str(steps)]
     command = [sys.executable, __file__, "--job", *job]
@@ -239,7 +239,7 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
         raise SystemExit(out.stderr[-2000:])
     row = json.loads(out.stdout.splitlines()[-1])
 
-    # Kept at once: who stops the study loses one run.
+    # Saved at once: stopping the study loses at most one run.
     with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
@@ -247,7 +247,7 @@ def run(name: str, seed: int, factor: float, folder: str, steps: int) -> float:
 
 
 def tune(name: str, folder: str) -> dict:
-    "Find a variant's best factor with the first seed, then train the other seeds."
+    "Find a variant's best factor with the first seed, then train with the others."
     tried = {f: run(name, SEEDS[0], f, folder, STEPS) for f in FACTORS}
     while (best := min(tried, key=tried.__getitem__)) in (min(tried), max(tried)):
         further = best / 2 if best == min(tried) else best * 2
@@ -257,7 +257,7 @@ def tune(name: str, folder: str) -> dict:
 
 
 def speeds(names: list[str], repeat: int = 5) -> dict[str, dict]:
-    "Measure a training step of each variant, taking turns; and its peak memory."
+    "Measure a training step of each variant, alternating, and its peak memory."
     out: dict[str, dict] = {name: {"seconds": []} for name in names}
 
     def measure(name: str) -> None:
@@ -274,7 +274,7 @@ def speeds(names: list[str], repeat: int = 5) -> dict[str, dict]:
 
 
 def one_step(name: str, rows: int = ROWS, repeat: int = 5) -> dict:
-    "Time some steps of a variant; count the bytes of one."
+    "Time several steps of a variant, and count the bytes of one."
     model = fresh_model(name, 1)
     optimizer = optimizer_of(model, name, 1.0)
     generator = torch.Generator().manual_seed(0)
@@ -300,8 +300,8 @@ def one_step(name: str, rows: int = ROWS, repeat: int = 5) -> dict:
     return {"seconds": min(times), "peak_bytes": peak, "parameters": count}
 
 
-def make_tokenizer(work: Path) -> str:  # the folder that it is in
-    "Train the tokenizer of the runs, unless it is there."
+def make_tokenizer(work: Path) -> str:  # its folder
+    "Train the tokenizer for all runs, unless it exists."
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer").exists():
         env = os.environ | {"NANOCHAT_BASE_DIR": str(work), "NANOCHAT_PRESET": "cpu"}
@@ -311,7 +311,7 @@ def make_tokenizer(work: Path) -> str:  # the folder that it is in
 
 
 def add_costs(rows: list[dict]) -> float:  # seconds of a step of the default
-    "Measure speed and memory of the variants; note them in their rows."
+    "Measure speed and memory of the variants and add them to their rows."
     costs = speeds([row["name"] for row in rows])
     usual = costs["default"]["seconds"]
     for row in rows:
@@ -356,9 +356,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--work",
         default=str(Path(tempfile.gettempdir()) / "ablation"),
-        help="folder for tokenizer and finished runs, so that a second call goes on",
+        help="folder for the tokenizer and finished runs, which a second call reuses",
     )
-    parser.add_argument("--only", nargs="*", default=[], help="variants; none: all")
+    parser.add_argument("--only", nargs="*", default=[], help="names of variants; none: all")
     parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args()

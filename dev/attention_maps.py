@@ -1,11 +1,11 @@
-"""What do the heads of a trained model look at? Weights, habits and worth of every head.
+"""Record what every head of a trained model attends to, and what it contributes.
 
 python dev/attention_maps.py dev/records/attention_maps.json     half a minute on one core
 python dev/attention_maps.py FILE --tiny                         three texts, three sums
 
 Reads the base model and the last chat model of a speedrun from NANOCHAT_BASE_DIR. The
-weights are computed again from each layer's own input and matrices, and the script stops
-if weights times values are not what the layer really gave.
+weights are recomputed from each layer's own input and matrices, and the script stops if
+weights times values differ from what the layer really returned.
 """
 
 import argparse
@@ -31,19 +31,19 @@ SENTENCE = (
 QUESTION = "Anna has 37 books and buys 48 more. How many books does Anna have?"
 VARIANT = "Anna has 37 books. She buys 48 more. How many books does Anna have now?"
 LENGTH = 64  # tokens of each held-out text
-SKIP = 8  # its first rows, left out of means
+SKIP = 8  # first rows of a text, excluded from means
 HALF = 24  # random tokens that are read twice
-SUMS = 50  # calculator calls that are counted
+SUMS = 50  # arithmetic questions whose calculator calls are counted
 
 
 def head_weights(
     attn: CausalSelfAttention,
-    x: Tensor,  # (B, T, C) what the layer got
+    x: Tensor,  # (B, T, C) the layer's input
     cos: Tensor,
     sin: Tensor,
-    out: Tensor,  # (B, T, C) what it gave
+    out: Tensor,  # (B, T, C) the layer's output
 ) -> Tensor:  # (B, H, T, T)
-    "Compute the weights that a layer used, and prove it by its output."
+    "Compute the weights that a layer used, and verify them against its output."
 
     def split(linear) -> Tensor:
         return linear(x).unflatten(-1, (-1, attn.head_dim))
@@ -78,7 +78,7 @@ def look(model, ids: Tensor) -> Tensor:  # (L, B, H, T, T)
 
 @contextmanager
 def without(model, layer: int, head: int):
-    "Silence one head: what it averages no longer reaches the stream."
+    "Disable one head, so that its output no longer reaches the residual stream."
     attn = model.transformer.h[layer].attn
     columns = attn.c_proj.weight[:, head * attn.head_dim : (head + 1) * attn.head_dim]
     kept = columns.clone()
@@ -88,13 +88,13 @@ def without(model, layer: int, head: int):
 
 
 def heads_of(model) -> list[tuple[int, int]]:
-    "List (layer, head)."
+    "List all (layer, head) pairs."
     c = model.config
     return [(i, h) for i in range(c.n_layer) for h in range(c.n_head)]
 
 
 def entropy(weight: Tensor) -> Tensor:
-    "Entropy of each row in nats."
+    "Return the entropy of each row in nats."
     return torch.special.entr(weight).sum(-1)
 
 
@@ -105,7 +105,7 @@ def mean_by_head(x: Tensor) -> list[float]:
 
 
 def held_out_texts(tokenizer, tiny: bool) -> Tensor:  # (N, LENGTH)
-    "Encode the beginnings of the held-out texts that are long enough."
+    "Encode the start of each held-out text that is long enough."
     texts = [text for text, _ in iter_documents("val", data="embedded")]
     assert any(SENTENCE in text for text in texts)
     texts = [tokenizer.encode(t, prepend="<|bos|>")[:LENGTH] for t in texts]
@@ -114,7 +114,7 @@ def held_out_texts(tokenizer, tiny: bool) -> Tensor:  # (N, LENGTH)
 
 
 def worth_of_heads(model, ids: Tensor) -> tuple[float, list[float]]:
-    "Return the loss, and by how much it rises without each head."
+    "Return the loss, and how much it rises without each head."
 
     def loss() -> float:
         return model(ids[:, :-1], ids[:, 1:]).item()
@@ -128,7 +128,7 @@ def worth_of_heads(model, ids: Tensor) -> tuple[float, list[float]]:
 
 
 def repetition(model, bos: int) -> dict:
-    "Let the model read random tokens twice: loss of both halves, weight on what followed."
+    "Return the losses on random tokens read twice, and the weight on what followed."
     dice = torch.Generator().manual_seed(0)
     drawn = torch.randint(256, bos, (64, HALF), generator=dice)
     twice = torch.cat((torch.full((64, 1), bos), drawn, drawn), 1)
@@ -145,7 +145,7 @@ def habits(model, tokenizer, tiny: bool = False) -> dict:
     ids = held_out_texts(tokenizer, tiny)
     w = look(model, ids)[..., SKIP:, :]
 
-    # Where the quotation marks are, and how much of the text is they.
+    # Where the quotation marks are, and their share of the text.
     quote = torch.tensor(['"' in tokenizer.id_to_token(i) for i in range(bos)])
     is_quote = quote[ids.clamp(max=bos - 1)] & (ids < bos)  # special tokens come last
     visible_tokens = torch.arange(SKIP + 1, LENGTH + 1)
@@ -172,11 +172,11 @@ def habits(model, tokenizer, tiny: bool = False) -> dict:
 
 
 def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
-    "Record one text: tokens, weights in thousandths (rows up to the diagonal), entropies."
+    "Record a text's tokens, weights in thousandths (up to the diagonal) and entropies."
     w = look(model, torch.tensor([ids]))
     heads = (w[:, 0] * 1000).round().int().flatten(0, 1).tolist()
 
-    # The rest of a row is zero: a position does not see the ones after it.
+    # The rest of a row is zero, because a position cannot see later ones.
     weights = []
     for head in heads:
         weights.append([row[: t + 1] for t, row in enumerate(head)])
@@ -189,19 +189,19 @@ def picture(model, tokenizer, name: str, ids: list[int]) -> dict:
 
 
 def prompt_of(tokenizer, question: str) -> list[int]:
-    "Render a question up to where the reply begins."
+    "Render a question up to the start of the reply."
     messages = [{"role": "user", "content": question}]
     messages += [{"role": "assistant", "content": ""}]
     return tokenizer.render_for_completion({"messages": messages})
 
 
 def sum_of(model, tokenizer, name: str, question: str) -> dict:
-    "Let the model answer; who is needed for the numbers that it writes?"
+    "Let the model answer, and record the heads that its numbers depend on."
     prompt = prompt_of(tokenizer, question)
     (ids, *_), _ = Engine(model, tokenizer).generate_batch(prompt, 1, 40, 0.0)
     found = picture(model, tokenizer, name, ids)
 
-    # Numbers that the model chose: the tool's output, which is forced, is none of them.
+    # Only numbers that the model chose, so not the tool's forced output.
     forced = tokenizer.encode_special("<|output_start|>")
     spots = [
         t
@@ -221,7 +221,7 @@ def sum_of(model, tokenizer, name: str, question: str) -> dict:
 
 
 def calls(model, tokenizer, count: int) -> dict:
-    "Count right calculator calls for held-out sums in the wording of training."
+    "Count correct calculator calls for held-out arithmetic in training's wording."
     draw = random.Random(0)
     prompts: list[list[int]] = []
     right = []
@@ -235,7 +235,7 @@ def calls(model, tokenizer, count: int) -> dict:
         text = PHRASINGS["+"][5].format(name=who, thing=what, a=a, b=b)
         prompts.append(prompt_of(tokenizer, text))
         right.append(f"<|python_start|>{a}+{b}<|python_end|>")
-    # All heads, then all but one: whose absence costs right calls?
+    # With all heads, then without each one: whose absence costs correct calls?
     engine = Engine(model, tokenizer)
 
     def score() -> int:
@@ -251,7 +251,7 @@ def calls(model, tokenizer, count: int) -> dict:
 
 @torch.no_grad()
 def main() -> None:
-    "Look at the base model and at the last chat model; write the record."
+    "Examine the base model and the latest chat model, and write the record."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", help="JSON file for the results")
     parser.add_argument("--tiny", action="store_true", help="three texts, three sums")
@@ -262,7 +262,7 @@ def main() -> None:
     chat, _, chat_meta = load_model("rl", cpu)
     sentence = tokenizer.encode(SENTENCE, prepend="<|bos|>")
 
-    # Each part asks the model that it is about.
+    # Each part runs the model that it describes.
     record = {
         "command": "python dev/attention_maps.py dev/records/attention_maps.json",
         "date": date.today().isoformat(),
@@ -276,7 +276,7 @@ def main() -> None:
         "calls": calls(chat, tokenizer, 3 if options.tiny else SUMS),
     }
 
-    # One line for each part, or a change of a number would be a diff of thousands.
+    # One line per part, so that changing a number does not change thousands of lines.
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     with open(target, "w") as file:

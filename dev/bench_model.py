@@ -1,12 +1,12 @@
-"""How fast is the model on this CPU? Against transformers, against the processor, by part.
+"""Measure the model's speed on this CPU, against transformers and the CPU's peak, by part.
 
 python dev/bench_model.py --record dev/records/model_bench.json      about ten minutes
 
-Forward and backward of a model of depth 4 (width 256, 512 positions, 4,096 tokens, 4 rows) in
-float32, ours and transformers' `NanoChatForCausalLM` with the same weights, taking turns in one
-process, five processes, without and with torch.compile; where the time goes; and the chunked loss beside the
-plain one at 8,192 positions and 65,536 tokens. BENCH_THREADS=1 takes one thread instead of two.
-With --tiny everything is so small that it takes seconds, and its figures say nothing.
+Measures forward and backward passes of a depth-4 model (width 256, 512 positions, 4,096 tokens,
+4 rows) in float32, ours and transformers' `NanoChatForCausalLM` with the same weights, alternating
+in one process, in five processes, with and without torch.compile; where the time goes; and the
+chunked loss next to the plain one at 8,192 positions and 65,536 tokens. BENCH_THREADS=1 uses one
+thread instead of two. With --tiny everything takes seconds, and the figures mean nothing.
 """
 
 import argparse
@@ -39,15 +39,15 @@ from nanochat.hf import hf_config, hf_weights
 
 @dataclass(frozen=True)
 class Case:
-    "How large everything is, and how often it is measured."
+    "The sizes, and the number of measurements."
 
     config: GPTConfig
-    rows: int  # of a batch
-    repeat: int  # measurements in a process
+    rows: int  # per batch
+    repeat: int  # measurements per process
     processes: int
     hows: tuple[str, ...]  # eager, compiled
-    losses: tuple[tuple[int, int], ...]  # positions and vocabulary of each comparison
-    gemm: int  # side of the matrices whose product is the yardstick
+    losses: tuple[tuple[int, int], ...]  # positions and vocabulary per comparison
+    gemm: int  # size of the square matrices whose product is the reference
 
 
 FULL = Case(
@@ -68,7 +68,7 @@ TINY = Case(
     losses=((64, 512),),
     gemm=64,
 )
-PARTS = {  # of a profile: name -> beginnings of operator names
+PARTS = {  # parts of a profile: name -> prefixes of operator names
     "matrix products": ("aten::mm", "aten::addmm"),
     "matrix products of attention": ("aten::bmm",),
     "softmax and tanh": ("aten::_softmax", "aten::tanh", "aten::exp"),
@@ -76,7 +76,7 @@ PARTS = {  # of a profile: name -> beginnings of operator names
 
 
 def our_model(case: Case) -> GPT:
-    "Make a model in which no weight is zero."
+    "Build a model in which no weight is zero."
     model = GPT(case.config)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def our_model(case: Case) -> GPT:
 
 
 def their_model(model: GPT):
-    "Make a model of transformers' class with the same weights."
+    "Build a model of transformers' class with the same weights."
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     apart = ("architectures", "model_type", "pad_token_id", "dtype")
@@ -98,7 +98,7 @@ def their_model(model: GPT):
 
 
 def take_turns(steps: dict, repeat: int) -> dict[str, list[float]]:
-    "Measure the seconds of each step, alternating; the first round is thrown away."
+    "Measure the seconds of each step, alternating; the first round is discarded."
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeat + 1):
         for name, step in steps.items():
@@ -109,12 +109,12 @@ def take_turns(steps: dict, repeat: int) -> dict[str, list[float]]:
 
 
 def compare(slow: list[float], fast: list[float]) -> float:
-    "Return the median of the ratios of neighbors in time."
+    "Return the median of the ratios of measurements adjacent in time."
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
 def gemm_rate(size: int) -> float:
-    "Measure operations per second of a square product in float32: the best of many."
+    "Measure operations per second of a square float32 product, the best of many."
     a = torch.randn(size, size)
     b = torch.randn(size, size)
     return 2 * size**3 / min(take_turns({"": lambda: a @ b}, 40)[""])
@@ -152,7 +152,7 @@ def training_speed(case: Case, compiled: bool) -> dict:
         theirs.zero_grad()
         return loss.detach()
 
-    # The same loss, or the comparison would mean nothing.
+    # Check the loss is the same, or the comparison would mean nothing.
     torch.testing.assert_close(ours(), transformers())
     seconds = take_turns({"ours": ours, "transformers": transformers}, case.repeat)
     rates = {k: x.numel() / statistics.median(v) for k, v in seconds.items()}
@@ -161,7 +161,7 @@ def training_speed(case: Case, compiled: bool) -> dict:
 
 
 def in_processes(case: Case, how: str) -> dict:
-    "Repeat in fresh processes, since one may be lucky with its memory; take medians."
+    "Repeat in fresh processes, because memory layout matters, and take medians."
     runs = []
     for _ in range(case.processes):
         command = [sys.executable, __file__, "--one", how]
@@ -179,7 +179,7 @@ def in_processes(case: Case, how: str) -> dict:
 
 
 def shares(case: Case) -> dict[str, float]:
-    "Ask the profiler where the time of a forward and backward pass goes."
+    "Profile where the time of a forward and backward pass goes."
     model = our_model(case)
     shape = (case.rows, case.config.sequence_len + 1)
     ids = torch.randint(case.config.vocab_size, shape)
@@ -195,7 +195,7 @@ def shares(case: Case) -> dict[str, float]:
 
 
 def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
-    "Measure time and peak memory of the chunked loss and the plain one."
+    "Measure time and peak memory of the chunked and the plain loss."
     g = torch.Generator().manual_seed(0)
     x = torch.randn(positions, width, generator=g, requires_grad=True)
     w = (torch.randn(vocab, width, generator=g) / 16).requires_grad_()
@@ -209,7 +209,7 @@ def loss_cost(positions: int, vocab: int, width: int = 256) -> dict:
         x.grad = w.grad = None
         cross_entropy(softcap(x @ w.T, 15.0), targets).backward()
 
-    # Memory before time, one after the other: taking turns would mix the peaks.
+    # Memory first, one at a time, because alternating would mix the peaks.
     steps = {"plain": plain, "chunked": chunked}
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     seconds = take_turns(steps, 5)
@@ -256,10 +256,10 @@ def show(facts: dict) -> None:
 
 
 def main() -> None:
-    "Measure, print, record."
+    "Measure, print and record."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", default="", help="JSON file for the results")
-    parser.add_argument("--tiny", action="store_true", help="the smallest case")
+    parser.add_argument("--tiny", action="store_true", help="run the smallest case")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     case = TINY if options.tiny else FULL

@@ -1,11 +1,11 @@
-"""What does the optimizer cost on this CPU? Its share of a step, and the two iterations side by side.
+"""Measure the optimizer's cost on this CPU: its share of a step, and both iterations compared.
 
 python dev/bench_optim.py --record dev/records/optim_bench.json      about five minutes on a busy machine
 
-A model of depth 4 (width 256, 4,096 tokens) takes steps of 4 x 256 tokens in float32: on one thread
-in seconds of the processor, which a busy machine hardly changes, and on two in seconds of the clock.
-Everything takes turns in one process; a ratio is the median of the ratios of neighbors in time.
-With --tiny the model is so small that it takes seconds, and its figures say nothing.
+A depth-4 model (width 256, 4,096 tokens) takes steps of 4 x 256 tokens in float32: on one thread
+in CPU seconds, which a busy machine hardly changes, and on two threads in wall-clock seconds.
+Everything alternates in one process; a ratio is the median of ratios of adjacent measurements.
+With --tiny the model is so small that it takes seconds, and the figures mean nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ REPEAT = 7
 
 
 def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
-    "Do the steps on the full matrices, in nanochat's words: one matrix or a stack."
+    "Iterate on the full matrices as nanochat does, for one matrix or a stack."
     schatten, margin, steps = METHODS[method]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -50,7 +50,7 @@ def plain(x: Tensor, method: str = "newton-schulz") -> Tensor:
 
 
 def take_turns(steps: dict) -> dict[str, list[float]]:
-    "Measure the seconds of each step, alternating; the first round is thrown away."
+    "Measure the seconds of each step, alternating; the first round is discarded."
     one = torch.get_num_threads() == 1
     clock = time.process_time if one else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -63,12 +63,12 @@ def take_turns(steps: dict) -> dict[str, list[float]]:
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    "Return median and quartiles of the ratios of neighbors in time."
+    "Return median and quartiles of the ratios of measurements adjacent in time."
     low, middle, high = statistics.quantiles((a / b for a, b in zip(slow, fast)), n=4)
     return {"median": middle, "low": low, "high": high}
 
 
-# What may take the place of Muon's `orthogonalize` in a step.
+# Replacements for Muon's `orthogonalize` in a step.
 WAYS = {
     "two steps, cans": lambda x, *_: orthogonalize(x, "cans"),
     "five steps": lambda x, *_: orthogonalize(x),
@@ -78,7 +78,7 @@ WAYS = {
 
 
 def share(model: GPT, optimizers) -> dict:
-    "Let training steps run; how much of each is the optimizer's?"
+    "Run training steps and measure the optimizer's share of each."
     shape = (ROWS, model.config.sequence_len + 1)
     ids = torch.randint(model.config.vocab_size, shape)
 
@@ -99,7 +99,7 @@ def share(model: GPT, optimizers) -> dict:
     seconds = take_turns(steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
 
-    # Shares of each turn: a slow moment of the machine is in both parts of a ratio.
+    # Shares per turn, so that a slow moment affects both parts of a ratio.
     facts = {"seconds": medians}
     for name in WAYS:
         both = [a + b for a, b in zip(seconds["adamw"], seconds[name])]
@@ -109,7 +109,7 @@ def share(model: GPT, optimizers) -> dict:
 
 
 def iterations(model: GPT, method: str) -> dict:
-    "Orthogonalize what a step does, in three ways, and compare the results."
+    "Orthogonalize a step's matrices in three ways, and compare the results."
     g = torch.Generator().manual_seed(1)
     grads = [
         torch.randn(p.shape, generator=g) for p in model.transformer.h.parameters()
@@ -123,7 +123,7 @@ def iterations(model: GPT, method: str) -> dict:
         "plain, one by one": lambda: [plain(x, method) for s in stacks for x in s],
     }
 
-    # A faster way that gives other numbers would be no comparison.
+    # Make sure that the faster ways give the same numbers.
     pairs = zip(ways["ours"](), ways["plain, stacked"]())
     gap = max((a - b).abs().max().item() for a, b in pairs)
     seconds = take_turns(ways)
@@ -133,7 +133,7 @@ def iterations(model: GPT, method: str) -> dict:
 
 
 def adamw(model: GPT) -> dict:
-    "Measure our AdamW on the embedding and the head beside torch's three."
+    "Measure our AdamW on embedding and head against PyTorch's three versions."
     tables = (model.transformer.wte.weight, model.lm_head.weight)
     grads = [torch.randn_like(p) for p in tables]
     theirs = torch.optim.AdamW
@@ -144,7 +144,7 @@ def adamw(model: GPT) -> dict:
         "fused": (theirs, {"foreach": False, "fused": True}),
     }
 
-    # Each gets weights of its own, at zero, and the same gradients.
+    # Each gets its own weights, starting at zero, and the same gradients.
     steps = {}
     for name, (kind, options) in makers.items():
         params = [torch.zeros_like(grad) for grad in grads]
@@ -158,14 +158,14 @@ def adamw(model: GPT) -> dict:
 
 
 def main() -> None:
-    "Measure, print, record."
+    "Measure, print and record."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="the smallest case")
+    parser.add_argument("--tiny", action="store_true", help="run the smallest case")
     args = parser.parse_args()
     record = {"environment": environment(), "load": os.getloadavg()}
 
-    # One thread shows the arithmetic, two what is lost by waiting.
+    # One thread shows the arithmetic, two show what waiting costs.
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(0)

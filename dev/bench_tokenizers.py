@@ -1,13 +1,13 @@
 """Measure the tokenizer crate against its peers: one table, medians and ratios.
 
-python dev/bench_tokenizers.py                    the embedded training text
-python dev/bench_tokenizers.py --data FOLDER      parquet or text files of yours
-python dev/bench_tokenizers.py --record FILE      keep the table as Markdown
-python dev/bench_tokenizers.py --tiny             our crate alone, once, on a few documents
+python dev/bench_tokenizers.py                    on the embedded training text
+python dev/bench_tokenizers.py --data FOLDER      on your own Parquet or text files
+python dev/bench_tokenizers.py --record FILE      also save the table as Markdown
+python dev/bench_tokenizers.py --tiny             only our crate, once, on a few documents
 
-Every measurement is a process of its own, and the rivals take turns, so that a noisy
-minute hits all of them. One of the peers has the same module name as our crate, so they
-live in an environment of their own, `rustbpe/target/peers`, made on the first run.
+Every measurement runs in a separate process, alternating between the rivals, so that a
+noisy minute affects all of them. One of the peers has the same module name as our crate,
+so they have their own environment, `rustbpe/target/peers`, created on the first run.
 """
 
 import argparse
@@ -33,12 +33,12 @@ PINS = [
     "gigatoken==0.10.0",
     "numpy<3",
 ]
-PATTERN = (  # GPT-4's as first published: the one that all of them can be given
+PATTERN = (  # GPT-4's as first published, which all of them accept
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 VOCAB = 32_768
-RUNS = {  # task -> rivals; the first one is ours and the measure of the ratios
+RUNS = {  # task -> rivals; the first is ours and the reference of the ratios
     "train, 2 threads": ["crate", "rustbpe", "tokenizers"],
     "encode, 1 thread, lists": ["crate", "tiktoken", "rustbpe", "tokenizers"],
     "encode, 1 thread, arrays": ["crate", "gigatoken"],
@@ -48,11 +48,11 @@ RUNS = {  # task -> rivals; the first one is ours and the measure of the ratios
 WORST = {"a": "a", "^": "^", "space": " ", "newline": "\n", "ab": "ab", "CJK": "漢"}
 
 
-# ---- what a measuring process does
+# ---- In a measuring process
 
 
 def status(key: str) -> float:
-    "Read a size of this process from the kernel, in megabytes."
+    "Return a memory size of this process from the kernel, in megabytes."
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
@@ -64,7 +64,7 @@ def train(rival: str, docs: list[str]):
 
         tokenizer = Tokenizer(models.BPE(byte_fallback=True))
 
-        # The same split and alphabet as ours, or the merges would differ.
+        # Use our split and alphabet, or the merges would differ.
         steps = [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -86,10 +86,10 @@ def train(rival: str, docs: list[str]):
 
 
 def load(rival: str, docs: list[str], folder: Path):
-    "Make the rival's tokenizer from the common ranks."
+    "Build the rival's tokenizer from the common ranks."
     file = folder / "ranks.tiktoken"
     if rival == "rustbpe":
-        return train(rival, docs)  # it cannot be given ranks
+        return train(rival, docs)  # it does not accept ranks
     if rival == "tokenizers":
         from tokenizers import Tokenizer
 
@@ -112,7 +112,7 @@ def load(rival: str, docs: list[str], folder: Path):
 
 
 def encoder(rival: str, task: str, tokenizer, docs: list[str]):
-    "Return the call to time, and a function from its result to lists of ids."
+    "Return the call to time, and a function that converts its result to lists of ids."
     one = "1 thread" in task
     arrays = "arrays" in task
 
@@ -145,7 +145,7 @@ def encoder(rival: str, task: str, tokenizer, docs: list[str]):
 
 
 def digest(rows) -> str:
-    "Hash ids in whatever container they came."
+    "Hash ids, whatever container they come in."
     import numpy as np
 
     total = hashlib.sha256()
@@ -155,8 +155,8 @@ def digest(rows) -> str:
 
 
 def measure(rival: str, task: str, folder: Path) -> dict:
-    "Run one task; time an encoding's first call and those after it."
-    import numpy  # noqa: F401  before the clock runs: two rivals import it when called
+    "Run one task, timing the first call and the following calls of an encoder."
+    import numpy  # noqa: F401  import before timing: two rivals import it when called
 
     docs = json.loads((folder / "docs.json").read_text("utf-8"))
     if task.startswith("train"):
@@ -174,9 +174,9 @@ def measure(rival: str, task: str, folder: Path) -> dict:
     tokenizer = load(rival, docs, folder)
     call, rows = encoder(rival, task, tokenizer, docs)
     times = []
-    gc.disable()  # as the module timeit does
+    gc.disable()  # as in the module timeit
     for _ in range(4):
-        result = None  # the clock does not run while the last result is freed
+        result = None  # free the last result outside the timing
         start = time.perf_counter()
         result = call()
         times.append(time.perf_counter() - start)
@@ -185,7 +185,7 @@ def measure(rival: str, task: str, folder: Path) -> dict:
 
 
 def worst(rival: str, name: str, folder: Path) -> dict:
-    "Encode a million characters of one kind."
+    "Encode a million equal characters."
     tokenizer = load(rival, [], folder)
     text = (WORST[name] * 1_000_000)[:1_000_000]
     start = time.perf_counter()
@@ -194,11 +194,11 @@ def worst(rival: str, name: str, folder: Path) -> dict:
     return {"cold": time.perf_counter() - start}
 
 
-# ---- what the conducting process does
+# ---- In the main process
 
 
 def prepare(folder: Path, data: str, tiny: bool) -> int:
-    "Write documents, ranks and tokenizer.json for the rivals; return the bytes of text."
+    "Write documents, ranks and tokenizer.json for the rivals; return the text's size."
     from nanochat.dataset import iter_documents
     from nanochat.hf import hf_tokenizer
     from nanochat.tokenizer import RustBPETokenizer
@@ -219,7 +219,7 @@ def prepare(folder: Path, data: str, tiny: bool) -> int:
 
 
 def make_peers() -> Path:
-    "Install the peers, once."
+    "Install the peers, unless they are installed."
     python = PEERS / "bin" / "python"
     if not python.exists():
         uv = [sys.executable, "-m", "uv"]
@@ -232,10 +232,10 @@ def make_peers() -> Path:
 
 
 def run(rival: str, task: str, folder: Path, limit: int = 600) -> dict:
-    "Measure in a new process; what goes wrong there is a result too."
+    "Measure in a new process; a failure there is a result too."
     python = sys.executable if rival == "crate" else str(make_peers())
 
-    # Each library reads its number of threads from another variable.
+    # Each library reads its number of threads from a different variable.
     threads = "1" if "1 thread" in task else "2"
     names = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TOKENIZERS_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, threads)
@@ -254,7 +254,7 @@ def run(rival: str, task: str, folder: Path, limit: int = 600) -> dict:
 
 
 def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
-    "Lay out the medians of one task, with the ratio of our crate to each rival."
+    "Format the medians of one task, with the ratio of our crate to each rival."
 
     def middle(key: str, runs: list[dict]) -> float:
         return statistics.median(run[key] for run in runs)
@@ -265,7 +265,7 @@ def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
         "|---|---|---|---|---|",
     ]
 
-    # Seconds: the ratio says how many times faster than the rival ours is.
+    # For seconds, the ratio says how many times faster ours is than the rival.
     ours = middle("warm", results["crate"])
     for rival, runs in results.items():
         if bad := [r["failed"] for r in runs if "failed" in r]:
@@ -283,13 +283,13 @@ def table(task: str, results: dict[str, list[dict]], size: int) -> list[str]:
 
 
 def cpu_name() -> str:
-    "Return what the processor calls itself."
+    "Return the name of the CPU."
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return found[1] if found else platform.machine()
 
 
 def take_turns(task: str, rivals: list[str], repeats: int, folder: Path) -> dict:
-    "Let the rivals of a task run, one process after the other."
+    "Run the rivals of a task, one process after the other."
     results: dict[str, list] = {rival: [] for rival in rivals}
     for _ in range(repeats):
         for rival in rivals:
@@ -298,7 +298,7 @@ def take_turns(task: str, rivals: list[str], repeats: int, folder: Path) -> dict
 
 
 def worst_cases(rivals: list[str], folder: Path) -> list[str]:
-    "Lay out how long a million equal characters take."
+    "Format how long a million equal characters take."
     rows = ["\n**a million characters of one kind, seconds**\n"]
     rows += [f"| | {' | '.join(WORST)} |", "|---" * (len(WORST) + 1) + "|"]
     for rival in rivals:
@@ -311,7 +311,7 @@ def worst_cases(rivals: list[str], folder: Path) -> list[str]:
 
 
 def main(data: str, repeats: int, record: str, tiny: bool = False) -> None:
-    "Measure task by task, print the tables, keep them."
+    "Measure task by task, print the tables and save them if asked to."
     folder = ROOT / "rustbpe" / "target" / ("bench_tiny" if tiny else "bench")
     size = prepare(folder, data, tiny)
     repeats = 1 if tiny else repeats
@@ -324,7 +324,7 @@ def main(data: str, repeats: int, record: str, tiny: bool = False) -> None:
         "each, taking turns. Equal hashes mean equal tokens.",
     ]
 
-    # Printed task by task: the whole takes long.
+    # Printed task by task, because the whole takes long.
     for task, rivals in RUNS.items():
         results = take_turns(task, rivals[:1] if tiny else rivals, repeats, folder)
         lines += table(task, results, size)
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="embedded", help="embedded, or a path")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="processes of each rival"
+        "--repeats", type=int, default=5, help="processes per rival"
     )
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--tiny", action="store_true", help="our crate, little text")

@@ -1,8 +1,8 @@
-"""What must hold of the repository as a whole; `make check` and tests/test_house.py run it.
+"""Check the repository as a whole; `make check` and tests/test_house.py run this.
 
     python dev/check.py
 
-Each check returns a list of complaints. No line of this file knows a particular chapter:
+Each check returns a list of complaints. Nothing in this file is about a specific chapter:
 which module belongs to which chapter is read from the notebooks.
 """
 
@@ -26,9 +26,9 @@ PACKAGE = ROOT / "nanochat"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from nbdev_reader import module_file, read, split_directives
 
-# Architecture is taught top-down: chapter 4 uses the box that chapter 5 opens. And a
-# training stage (chapter 6) is the joint between chapters: it takes the optimizer, the
-# measurement and the mixtures as boxes that chapters 7 and 9 open.
+# Exceptions to the order of chapters. Architecture is taught top-down: chapter 4 uses what
+# chapter 5 explains. And a training stage (chapter 6) connects chapters: it uses the
+# optimizer, the evaluation and the mixtures, which chapters 7 and 9 explain.
 FORWARD_IMPORTS = {
     ("gpt", "attention"),
     ("stage", "optim"),
@@ -47,7 +47,7 @@ def notebooks() -> list[Path]:
 
 
 def modules() -> dict[str, Path]:
-    "Return the generated modules, `tasks.arc` -> nanochat/tasks/arc.py."
+    "Return the generated modules: `tasks.arc` -> nanochat/tasks/arc.py."
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         if not file.name.startswith("_"):
@@ -69,7 +69,7 @@ def chapters() -> dict[str, str]:
 
 
 def tracked() -> list[Path]:
-    "Return the files that git knows or would add."
+    "Return the files that git tracks or would add."
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return [f for line in done.stdout.splitlines() if (f := ROOT / line).is_file()]
@@ -99,7 +99,7 @@ def export_copy(copy: Path) -> None:
     shutil.copytree(PACKAGE, copy / "nanochat", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", copy)
 
-    # A module that no notebook makes any more would otherwise look as if it were made.
+    # Otherwise a module that no notebook exports anymore would look up to date.
     for file in modules().values():
         (copy / file.relative_to(ROOT)).unlink()
 
@@ -111,13 +111,13 @@ def export_copy(copy: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    "Tell whether two files exist and have the same bytes."
+    "Return whether two files exist and have the same bytes."
     both = one.exists() and other.exists()
     return both and one.read_bytes() == other.read_bytes()
 
 
 def imports(file: Path) -> set[str]:
-    "Return what a file imports, absolute: `nanochat.tasks.common`."
+    "Return the modules that a file imports, as absolute names: `nanochat.tasks.common`."
     found: set[str] = set()
     package = file.relative_to(ROOT).parts[:-1]
     tree = ast.parse(file.read_text("utf-8"))
@@ -136,7 +136,7 @@ def imports(file: Path) -> set[str]:
 
 
 def comes_later(chapter: str, other: str) -> bool:
-    "Tell whether one notebook comes after another; appendices have no place."
+    "Return whether one notebook comes after another; appendices have no order."
     numbered = chapter[:2].isdigit() and other[:2].isdigit()
     return numbered and chapter[:2] > other[:2]
 
@@ -164,7 +164,7 @@ def imports_follow_the_chapters() -> list[str]:
                         f"{name} ({home[name]}) imports {other} ({home[other]})"
                     )
 
-    # Appendices may import from each other, as long as there is an order at all.
+    # Appendices may import from each other, as long as there is no cycle.
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -173,7 +173,7 @@ def imports_follow_the_chapters() -> list[str]:
 
 
 def requirements(package: str) -> list[str]:
-    "Return what a plain install of a package brings along."
+    "Return the packages that a plain install of a package includes."
     found = []
     for requirement in metadata.requires(package) or []:
         name = re.match(r"[\w-]+", requirement)
@@ -183,7 +183,7 @@ def requirements(package: str) -> list[str]:
 
 
 def loaded_packages(file: Path) -> set[str]:
-    "Return the packages that a file imports as soon as it is loaded."
+    "Return the packages that a file imports when it is loaded."
     found = set()
     for node in ast.parse(file.read_text("utf-8")).body:
         if isinstance(node, ast.Import):
@@ -195,7 +195,7 @@ def loaded_packages(file: Path) -> set[str]:
 
 def every_import_is_declared() -> list[str]:
     "What package and scripts import when they are loaded, a plain install brings along."
-    # What we ask for ourselves, and what that asks for in turn.
+    # Our own dependencies, and theirs in turn.
     brought = set(requirements("nanochat"))
     for package in requirements("nanochat"):
         brought.update(requirements(package))
@@ -264,7 +264,7 @@ def every_exported_line_is_printed() -> list[str]:
 
 
 def characters_of_the_book() -> set[str]:
-    "Return the characters beyond ASCII in chapters, pages and the crate's source."
+    "Return the non-ASCII characters in chapters, pages and the crate's source."
     files = [*notebooks(), *(ROOT / "nbs").glob("*.md")]
     files += [*(ROOT / "rustbpe").glob("src/*.rs"), *(ROOT / "rustbpe").glob("*/*.rs")]
     found: set[str] = set()
@@ -326,7 +326,7 @@ def nothing_of_this_machine() -> list[str]:
 
 
 def lines_of(file: Path) -> tuple[int, int]:
-    "Return the lines that say something (not blank, not nbdev's markers), and all lines."
+    "Return the number of lines without blank ones and nbdev's markers, and of all lines."
     text = file.read_text("utf-8").partition("#[cfg(test)]")[0]
     own = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
     told = [x for x in own.splitlines() if x.strip() and not x.startswith("# %% ")]
@@ -343,7 +343,7 @@ PARTS = {  # part of the repository -> names of its files
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    "Count the lines of each part: those that say something, and all."
+    "Count the lines of each part, without blank ones and in total."
     told = dict.fromkeys([*PARTS, "all but tests"], 0)
     every = dict(told)
     for file in tracked():
@@ -358,23 +358,23 @@ def sizes() -> dict[str, tuple[int, int]]:
     return {part: (told[part], every[part]) for part in told}
 
 
-# ---- Can it be read?
+# ---- Readability
 
 
 @dataclass(frozen=True)
 class Limits:
-    "What a function may be, before it is too much for one reading."
+    "Limits for a function that can be read in one go."
 
     lines: int = 30  # of its body
-    parameters: int = 5  # that may be given by position
+    parameters: int = 5  # positional ones
     silent: int = 14  # lines that need no comment
 
 
 SHIPPED = Limits()
-# A test is a story with one thread, whose name says why it is told.
+# A test goes through one case from start to finish, and its name says why.
 TESTS = Limits(lines=45, silent=45)
 
-# Signatures that somebody else fixed.
+# Signatures that are determined by others.
 FIXED_SIGNATURES = {
     ("attention", "KVCache.__init__"): "nanochat's",
     ("attention", "BlockAttention.forward"): "of an autograd.Function",
@@ -387,7 +387,7 @@ FIXED_SIGNATURES = {
     ("tests/test_head", "plainly"): "of its fast twin",
     ("tests/test_eval", "Scripted.generate_many"): "of the engine",
 }
-# The formatter puts two blanks in front of a comment that follows code.
+# The formatter puts two spaces before a comment that follows code.
 COMMENT = re.compile(r"^ *# |  # ", re.M)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -396,10 +396,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, Function]]:
-    "Yield every function with its name, that of its class in front."
+    "Yield every function with its name, prefixed by the name of its class."
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, (ast.stmt, ast.ExceptHandler, ast.match_case)):
-            continue  # no function is defined within an expression
+            continue  # expressions define no functions
         name = f"{outer}{getattr(node, 'name', '')}"
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield name, node
@@ -410,7 +410,7 @@ def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, Function]]:
 
 
 def body_lines(node: Function) -> int:
-    "Count the lines of a function's body, its docstring left out."
+    "Count the lines of a function's body without its docstring."
     body = node.body[1:] if ast.get_docstring(node) else node.body
     if not body:
         return 0
@@ -418,7 +418,7 @@ def body_lines(node: Function) -> int:
 
 
 def is_silent(node: Function, source: list[str]) -> bool:
-    "Tell whether a function's body has no comment."
+    "Return whether a function's body has no comment."
     body = node.body[1:] if ast.get_docstring(node) else node.body
     text = "\n".join(source[body[0].lineno - 1 : node.end_lineno]) if body else ""
     # A comment may also stand between the docstring and the first statement.
@@ -427,19 +427,19 @@ def is_silent(node: Function, source: list[str]) -> bool:
 
 
 def positional(node: Function) -> int:
-    "Count the parameters that may be given by position."
+    "Count the parameters that may be positional."
     names = [p.arg for p in [*node.args.posonlyargs, *node.args.args]]
     return len([name for name in names if name not in ("self", "cls", "ctx")])
 
 
 def filled_by_name(node: Function) -> bool:
-    "Tell whether a function is a test or a fixture: pytest gives it what it names."
+    "Return whether a function is a test or a fixture, which pytest calls by name."
     decorators = " ".join(map(ast.unparse, node.decorator_list))
     return node.name.startswith("test_") or "pytest.fixture" in decorators
 
 
 def is_named_lambda(node: ast.AST) -> bool:
-    "Recognize `name = lambda ...`; one that is hung on an object has no name of its own."
+    "Recognize `name = lambda ...`; an attribute of an object does not count."
     if isinstance(node, ast.Assign):
         target = node.targets[0]
     elif isinstance(node, ast.AnnAssign):
@@ -462,13 +462,13 @@ def is_packed(node: ast.AST) -> bool:
         {ast.unparse(v.func) for v in calls},
         {", ".join(map(ast.unparse, v.args)) for v in calls},
     )
-    # A swap, two attributes, or one function of two things are pairs that belong together.
+    # A swap, two attributes, or one function of two things are related pairs.
     together = len(calls) == len(values) and 1 in map(len, alike)
     return not (plain or together)
 
 
 def too_many(module: str, name: str, node: Function, most: int) -> bool:
-    "Tell whether a signature that is ours has too many parameters by position."
+    "Return whether one of our signatures has too many positional parameters."
     if positional(node) <= most or (module, name) in FIXED_SIGNATURES:
         return False
     return not filled_by_name(node)
@@ -477,7 +477,7 @@ def too_many(module: str, name: str, node: Function, most: int) -> bool:
 def long_functions(
     module: str, tree: ast.AST, source: str, limits: Limits
 ) -> list[str]:
-    "Return the functions that are too long, ask for too much, or explain nothing."
+    "Return the functions that are too long, take too much, or have no comment."
     problems = []
     lines = source.splitlines()
     for name, node in functions(tree):
@@ -512,14 +512,14 @@ def folded_statements(module: str, tree: ast.AST) -> list[str]:
 
 
 def habits(module: str, source: str, limits: Limits = SHIPPED) -> list[str]:
-    "Return what makes a module hard to read."
+    "Return everything that makes a module hard to read."
     tree = ast.parse(source)
     problems = long_functions(module, tree, source, limits)
     return problems + folded_statements(module, tree)
 
 
 def python_files() -> dict[str, Path]:
-    "Return all files of Python by hand and by nbdev: `gpt`, `dev/check`, `tests/memory`."
+    "Return all Python files, handwritten and generated: `gpt`, `dev/check`."
     found = modules()
     for folder in ("scripts", "dev", "book", "tests"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -532,11 +532,11 @@ def python_files() -> dict[str, Path]:
 def code_is_unfolded() -> list[str]:
     """Functions are short, take few parameters, say one thing at a time, and say why.
 
-    Tests have looser limits. One may take 45 lines, since it goes through one case from
-    beginning to end and is read from top to bottom, and it needs no comment, since its
-    name is the sentence that it proves. What pytest gives by name (fixtures, parameters)
-    is not counted. Packed assignments, named lambdas and nested comprehensions hide as
-    much there as anywhere.
+    Tests have looser limits. A test may have 45 lines, because it goes through one case
+    from start to finish, and it needs no comment, because its name states what it shows.
+    Parameters that pytest passes by name (fixtures, parametrization) do not count. Packed
+    assignments, named lambdas and nested comprehensions are as hard to read there as
+    anywhere.
     """
     problems = []
     for name, file in python_files().items():

@@ -1,13 +1,13 @@
-"""Compare the crate with tiktoken and with Python's regex on made-up strings.
+"""Compare the crate with tiktoken and with Python's regex on random strings.
 
 python dev/fuzz_tokenizer.py 1000000
 python dev/fuzz_tokenizer.py 1000000 --tokenizers FOLDER   also OpenAI's vocabularies
 
 The strings are short and nasty: all planes of Unicode, combining marks, emoji sequences,
 control characters, every kind of white space, digits of all scripts, contractions in both
-cases. Each goes through every pattern that has a scanner. The crate's tables are those of
-Unicode 16, like tiktoken's; a newer `regex` knows more letters and digits, so strings
-with a character on which the tables differ are compared with tiktoken alone.
+cases. Each is tested with every pattern that has a scanner. The crate's tables are those
+of Unicode 16, like tiktoken's; a newer `regex` knows more letters and digits, so strings
+with a character on which the tables differ are compared only with tiktoken.
 """
 
 import argparse
@@ -48,7 +48,7 @@ NASTY += [
 
 
 def alphabets() -> list[list[str]]:
-    "Sort all characters by kind; the kinds in which mistakes hide come more than once."
+    "Group all characters by kind; error-prone kinds appear more than once."
     kinds: dict[str, list[str]] = {}
     for char in (chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000):
         kinds.setdefault(unicodedata.category(char)[0], []).append(char)
@@ -70,7 +70,7 @@ def disputed() -> set[str]:
 
 
 def strings(count: int, seed: int):
-    "Make the same strings for the same seed."
+    "Generate strings, always the same for the same seed."
     rng = random.Random(seed)
     letters = alphabets()
     for _ in range(count):
@@ -80,7 +80,7 @@ def strings(count: int, seed: int):
 
 
 def vocabularies(folder: str) -> dict[str, tuple[list[bytes], str]]:
-    "Every pattern with a vocabulary: learned from the strings themselves, or OpenAI's."
+    "Return a vocabulary for every pattern, learned from the strings or OpenAI's."
     made = {}
     for name, pattern in rustbpe.PATTERNS.items():
         trainer = rustbpe.Tokenizer()
@@ -95,7 +95,7 @@ def vocabularies(folder: str) -> dict[str, tuple[list[bytes], str]]:
 
 
 def fuzz(count: int, seed: int, folder: str = "") -> dict[str, int]:
-    "Compare; return how many comparisons there were, or raise at the first difference."
+    "Compare, raising at the first difference; return the number of comparisons."
     doubtful = disputed()
     done = {"strings": 0, "ids": 0, "splits": 0}
     pairs = []

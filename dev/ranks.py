@@ -2,12 +2,12 @@
 
     python dev/ranks.py
 
-A small GPT (one key-value head, a vocabulary that no number of ranks divides, three
-layers, a scalar here and there) reads the same batches of the embedded corpus on every number of ranks. Measured
-are the largest difference of a weight to the run of one rank, the bytes of optimizer state
-that each rank keeps, the bytes that each rank sends in a step (as a ring of ranks would
-send them), and the time of a step, which says little where more processes than cores
-share one machine. Writes dev/records/ranks.json in about a minute.
+A small GPT (one key-value head, a vocabulary not divisible by any number of ranks, three
+layers, a few scalars) reads the same batches of the embedded corpus on every number of
+ranks. The script measures the largest difference between a weight and its value with one
+rank, the bytes of optimizer state on each rank, the bytes that each rank sends per step
+(in a ring), and the time of a step, which says little if there are more processes than
+cores. Writes dev/records/ranks.json in about a minute.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import Muon
 from nanochat.optim import setup_optimizer
 
-ROWS = 8  # of a step, over all ranks
+ROWS = 8  # per step, over all ranks
 T = 32  # context
 V = 251  # vocabulary: the bytes below it
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def build(padding: int, dtype: torch.dtype) -> GPT:
-    "Make the same model in every process; its tables have a multiple of `padding` rows."
+    "Build the same model in every process, with the vocabulary padded to `padding`."
     shape: dict[str, Any] = dict(
         n_layer=3, n_head=4, n_kv_head=1, n_embd=32, stream_scalars=True
     )
@@ -66,7 +66,7 @@ def read_rows(steps: int) -> torch.Tensor:  # (steps, ROWS, T + 1) bytes of text
 
 
 class Meter:
-    "Count the bytes that this rank sends, each collective as a ring performs it."
+    "Count the bytes that this rank would send in a ring, for each collective."
 
     def __init__(self):
         self.sent = 0
@@ -89,7 +89,7 @@ class Meter:
 
 
 def train(model, optimizer, steps: int, rank: int, world: int) -> dict[str, Any]:
-    "Take the steps with this rank's rows; return its losses and seconds."
+    "Take all steps on this rank's rows; return its losses and seconds."
     losses = []
     times = []
     for rows in read_rows(steps):
@@ -105,7 +105,7 @@ def train(model, optimizer, steps: int, rank: int, world: int) -> dict[str, Any]
 
 
 def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
-    "Be one rank: train, and write what was measured."
+    "Run as one rank: train, and write the measurements."
     steps, padding, dtype = case
     torch.set_num_threads(1)
     if world > 1:
@@ -116,7 +116,7 @@ def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
     optimizer = setup_optimizer(model, OptimConfig(matrix_beta2=0.95))
     record = train(model, optimizer, steps, rank, world)
 
-    # Bytes of the state on this rank, and what it sent in a step.
+    # Bytes of state on this rank, and bytes sent per step.
     state = {k: v for k, v in optimizer.state_dict().items() if k[:4] != "meta"}
     muon = optimizer.parts["muon"]
     assert isinstance(muon, Muon), "the optimizer of the matrices"
@@ -134,7 +134,7 @@ def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
 
 def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dict]:
     "Train on each number of ranks and compare with the first."
-    setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports, once for all forks
+    setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports everything once, for all forks
     found = []
     first: dict = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -148,14 +148,14 @@ def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dic
 
 
 def compare(ranks: list[dict], first: dict[str, torch.Tensor]) -> dict:
-    "Summarize what ranks have measured; their weights against those of the first run."
+    "Summarize the ranks' measurements, comparing weights with those of the first run."
     weights = ranks[0]["weights"]
     alike = []
     for rank in ranks:
         alike += [torch.equal(rank["weights"][k], v) for k, v in weights.items()]
     away = [(v - first[k]).abs().max().item() for k, v in weights.items()]
 
-    # Each rank has the loss of its own rows, a part of the batch's mean.
+    # Each rank has the loss of its own rows, so average over ranks.
     losses = [rank["loss"] for rank in ranks]
     curve = [sum(step) for step in zip(*losses)]
     return {
@@ -172,7 +172,7 @@ def compare(ranks: list[dict], first: dict[str, torch.Tensor]) -> dict:
 
 def show(rows: list[dict]) -> None:
     "Print the table."
-    print("ranks  difference  state of a rank, KB  sent a step, KB  ms a step")
+    print("ranks  difference  state per rank, KB  sent per step, KB  ms per step")
     for row in rows:
         low = min(row["state_bytes"]) / 1e3
         high = max(row["state_bytes"]) / 1e3
@@ -184,11 +184,11 @@ def show(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    "Measure, print the table, keep the record."
+    "Measure, print the table and save the record."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--padding", type=int, default=64, help="rows of a table")
+    parser.add_argument("--padding", type=int, default=64, help="multiple to which the vocabulary is padded")
     parser.add_argument("--dtype", choices=DTYPES, default="float64")
     record = ROOT / "dev" / "records" / "ranks.json"
     parser.add_argument("--out", type=Path, default=record)
@@ -197,7 +197,7 @@ def main() -> None:
     rows = measure(worlds, options.steps, options.padding, options.dtype)
     show(rows)
 
-    # Only to count its parameters: the ranks made their own.
+    # Only to count its parameters; the ranks built their own.
     model = build(options.padding, torch.float32)
     result = {
         "date": time.strftime("%Y-%m-%d"),

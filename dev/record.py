@@ -1,4 +1,4 @@
-"""Keep the results of a speedrun as evidence: one JSON file without paths.
+"""Save the results of a speedrun as evidence, in one JSON file without paths.
 
 python dev/record.py dev/records/speedrun_cpu.json
 """
@@ -20,7 +20,7 @@ QUESTIONS = (
     "How do you spell beauty?",
     "Who are you?",
 )
-SAMPLING = {"temperature": 0.0, "top_k": 50, "max_tokens": 48}  # greedy
+SAMPLING = ChatCliConfig(temperature=0.0, top_k=50, max_tokens=48)  # greedy
 
 
 def slim(section: dict) -> dict:
@@ -35,7 +35,7 @@ def slim(section: dict) -> dict:
 
 
 def curve(path) -> list:
-    "Thin a log to about 150 points (step, loss or reward)."
+    "Reduce a log to about 150 points (step, loss or reward)."
     points = [(r["step"], r.get("loss", r.get("reward"))) for r in read_log(path)]
     points = [(step, round(y, 4)) for step, y in points if y is not None]
     return points[:: max(1, len(points) // 150)]
@@ -48,16 +48,18 @@ def interview() -> dict:
     for question in QUESTIONS:
         asked = {"role": "user", "content": question}
         print(f"{question}  ->  ", end="")
-        said = reply(engine, [asked], ChatCliConfig(**SAMPLING))
+        said = reply(engine, [asked], SAMPLING)
         chats.append({"messages": [asked, said]})
-    return {"model": name, **SAMPLING, "conversations": chats}
+    names = ("temperature", "top_k", "max_tokens")
+    sampling = {setting: getattr(SAMPLING, setting) for setting in names}
+    return {"model": name, **sampling, "conversations": chats}
 
 
 def main(target: str) -> None:
-    "Collect what the stages saved and logged."
+    "Collect the stages' results and logs."
     base = get_base_dir()
 
-    # A stage that was not run has no section, one without a log no curve.
+    # A stage that was not run has no section; one without a log has no curve.
     sections = read_sections(base)
     git = ["git", "rev-parse", "--short", "HEAD"]
     record = {

@@ -1,12 +1,12 @@
-"""How should a budget be split between a larger model and more text?
+"""Measure how to split a compute budget between a larger model and more text.
 
 python dev/scaling.py --record dev/records/scaling.json     a quarter of an hour on one core
-python dev/scaling.py --record FILE --tiny                  two sizes, some steps each
+python dev/scaling.py --record FILE --tiny                  two sizes, a few steps each
 
-Tiny models of the book's architecture, trained on the embedded corpus. A budget is a number
-of operations, counted as 6ND with N the weights of the matrices and the head; each size gets
-the tokens D that use it up. Every point is trained at two learning rates, and once more from
-another seed at the better one. Chapter 6 fits and draws what the record holds.
+Trains tiny models of the book's architecture on the embedded corpus. A budget is a number of
+operations, counted as 6ND with N the weights of the matrices and the head; each size gets the
+tokens D that spend it. Every point is trained at two learning rates, and once more with
+another seed at the better one. Chapter 6 fits and plots the record.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from nanochat.tokenizer import RustBPETokenizer
 SIZES = ((8, 1), (16, 1), (24, 1), (32, 2), (48, 2), (64, 3))  # width, layers
 BUDGETS = {2e10: SIZES[:5], 6e10: SIZES[:5], 2e11: SIZES[2:6], 6e11: SIZES[3:]}
 TINY = {1e8: SIZES[:2]}
-RATES = (0.012, 0.024)  # at width 64; a rate is divided by width / 64
+RATES = (0.012, 0.024)  # learning rates at width 64; divided by width / 64
 VOCAB = 512
-B = 8  # rows of a step
+B = 8  # rows per step
 T = 64  # context
 
 
 def config(width: int, layers: int) -> GPTConfig:
-    "Return a model of heads of 8 numbers, or of 16 from width 32 on."
+    "Return a config with heads of size 8, or 16 from width 32 on."
     heads = width // (8 if width < 32 else 16)
     return GPTConfig(T, VOCAB, layers, heads, heads, width)
 
 
 def weights(c: GPTConfig) -> int:
-    "Count the weights that multiply: everything but the embedding."
+    "Count the weights used in products, which is everything but the embedding."
     counts = parameter_counts(c)
     return counts["total"] - counts["wte"]
 
 
 def texts() -> tuple[torch.Tensor, torch.Tensor, float]:
-    "Return the training ribbon, validation windows and the bytes of a validation token."
+    "Return the training ribbon, validation windows and bytes per validation token."
     train = [text for text, _ in iter_documents("train")]
     val = [text for text, _ in iter_documents("val")][:100]
     tokenizer = RustBPETokenizer.train_from_iterator(train[:60], VOCAB)
@@ -58,14 +58,14 @@ def texts() -> tuple[torch.Tensor, torch.Tensor, float]:
 
 
 def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> float:
-    "Train for a number of tokens, the rate falling to zero; return the held-out loss."
+    "Train for a number of tokens with a rate falling to zero; return the held-out loss."
     ribbon, windows = text
     torch.manual_seed(seed)
     model = GPT(c)
     model.init_weights(seed=seed)
     dice = torch.Generator().manual_seed(seed)
 
-    # A wider model wants a smaller rate.
+    # A wider model needs a smaller learning rate.
     adamw = torch.optim.AdamW(
         model.parameters(), lr=rate * 64 / c.n_embd, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -74,7 +74,7 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> flo
     def fall(t: int) -> float:
         return min(1.0, (t + 1) / (0.05 * steps)) * (1 - t / steps)
 
-    # Warm up over a twentieth of the run, then fall to zero.
+    # Warm up over a twentieth of the run, then decay to zero.
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, fall)
     for _ in range(steps):
         start = torch.randint(len(ribbon) - T - 1, (B,), generator=dice)
@@ -89,13 +89,13 @@ def run(c: GPTConfig, tokens: float, rate: float, seed: int, text: tuple) -> flo
 
 
 def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> dict:
-    "Train one size with one budget: at both rates, then from the other seeds."
+    "Train one size with one budget at both learning rates, then with the other seeds."
     width, layers = size
     c = config(width, layers)
     N = weights(c)
     D = budget / (6 * N)
 
-    # Every size gets the rate that suits it, tried with one seed.
+    # Every size gets its best learning rate, found with one seed.
     tried = {rate: run(c, D, rate, 1, text) for rate in RATES}
     best = min(tried, key=tried.__getitem__)
     losses = [tried[best]]
@@ -113,13 +113,13 @@ def measure(budget: float, size: tuple[int, int], seeds: int, text: tuple) -> di
 
 
 def main() -> None:
-    "Measure point after point; the record is complete after each."
+    "Measure point after point, saving the record after each."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", default="dev/records/scaling.json")
     parser.add_argument("--budgets", type=float, nargs="*", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
-        "--tiny", action="store_true", help="two sizes, some steps each"
+        "--tiny", action="store_true", help="two sizes, a few steps each"
     )
     options = parser.parse_args()
     plan = TINY if options.tiny else {b: BUDGETS[b] for b in options.budgets}
@@ -132,7 +132,7 @@ def main() -> None:
             points.append(measure(budget, size, options.seeds, (ribbon, windows)))
             print(f"{time.time() - begun:6.0f} s", points[-1], flush=True)
 
-            # Written after each point: the study takes hours.
+            # Written after each point, because the study takes long.
             record = {
                 "command": "python dev/scaling.py",
                 "date": time.strftime("%Y-%m-%d"),

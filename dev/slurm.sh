@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A stage on several nodes:  sbatch --nodes=2 dev/slurm.sh scripts.base_train --preset gpu8
+# Run a stage on several nodes:  sbatch --nodes=2 dev/slurm.sh scripts.base_train --preset gpu8
 #
 # NANOCHAT_BASE_DIR must be a folder that all nodes see: every rank writes its part of a
-# checkpoint there. Two minutes before the time limit Slurm sends SIGTERM, the run saves
-# after its current step, and the same command goes on from there.
+# checkpoint there. Two minutes before the time limit, Slurm sends SIGTERM, the run saves
+# after its current step, and the same command resumes it.
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

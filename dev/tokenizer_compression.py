@@ -1,10 +1,10 @@
-"""How many bytes does a token hold? Our tokenizers in two sizes beside GPT-2's and GPT-4's.
+"""Measure bytes per token of our tokenizers in two sizes, next to GPT-2's and GPT-4's.
 
 python dev/tokenizer_compression.py --reference-dir DIR --record dev/records/tokenizer_compression.json
 python dev/tokenizer_compression.py --record FILE --tiny      one small tokenizer of ours
 
-DIR holds r50k_base.tiktoken and cl100k_base.tiktoken, which OpenAI publishes. The larger of
-our sizes is that of GPT-2's vocabulary, so that the two can be compared.
+DIR contains r50k_base.tiktoken and cl100k_base.tiktoken, which OpenAI publishes. The larger of
+our sizes equals GPT-2's vocabulary, so that the two can be compared.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SIZES = (2048, 50_257)
 
 
 def train(size: int, *flags: str) -> RustBPETokenizer:
-    "Train a tokenizer as a user does, in a folder of its own."
+    "Train a tokenizer as a user would, in a separate folder."
     with tempfile.TemporaryDirectory() as base:
         env = os.environ | {"NANOCHAT_BASE_DIR": base, "NANOCHAT_PRESET": "cpu"}
         flags = (f"--vocab-size={size}", "--data=embedded", *flags)
@@ -33,7 +33,7 @@ def train(size: int, *flags: str) -> RustBPETokenizer:
 
 
 def main() -> None:
-    "Train, compare, record."
+    "Train, compare and record."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", required=True, help="JSON file for the results")
     parser.add_argument("--reference-dir", default="", help="folder of .tiktoken files")

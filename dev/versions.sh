@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run tests under another PyTorch or Python, in a virtual environment of its own.
+# Run tests with another version of PyTorch or Python, in a separate virtual environment.
 #
-#   bash dev/versions.sh 2.11.0                            what depends on PyTorch's insides
-#   bash dev/versions.sh 2.9.0 tests/test_optim.py         chosen tests
-#   PYTHON=python3.13 bash dev/versions.sh 2.15.0 tests    all of them, under another Python
+#   bash dev/versions.sh 2.11.0                            tests that depend on PyTorch's internals
+#   bash dev/versions.sh 2.9.0 tests/test_optim.py         selected tests
+#   PYTHON=python3.13 bash dev/versions.sh 2.15.0 tests    all tests, with another Python
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 version=${1:?say which version of torch, for example 2.11.0}
@@ -16,7 +16,6 @@ tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(
     tests/test_compile.py tests/test_fp8.py tests/test_attention.py
     tests/test_head.py tests/test_functional.py tests/test_optim_ranks.py
-    tests/test_plan.py tests/test_gpu.py
 )
 
 python=${PYTHON:-$PWD/.venv/bin/python}
@@ -32,4 +31,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
 fi
 "$folder/bin/python" -c 'import sys, torch
 print("Python", sys.version.split()[0], "torch", torch.__version__)'
-"$folder/bin/python" -m pytest -q "${tests[@]}"
+"$folder/bin/python" -m pytest -q -n 2 --dist loadfile "${tests[@]}"

@@ -1,12 +1,12 @@
-"""Which vocabulary serves a small model best? Bits per byte at equal compute.
+"""Find the best vocabulary size for a small model, by bits per byte at equal compute.
 
 python dev/vocab_study.py --record dev/records/vocab_study.json     a quarter of an hour on two cores
 python dev/vocab_study.py --record FILE --tiny                      one size, one seed, two steps
 
-For each size: the tokenizer is trained with `scripts.tok_train`, then models of depth 2 with
-`scripts.base_train`, from several seeds. All runs get the same number of floating-point
-operations, so a larger vocabulary, whose head costs more, takes fewer steps. The whole
-validation split is the test in every case.
+For each size, the tokenizer is trained with `scripts.tok_train`, then models of depth 2 with
+`scripts.base_train` and several seeds. All runs get the same number of floating-point
+operations, so a larger vocabulary, whose head costs more, takes fewer steps. All are evaluated
+on the whole validation split.
 """
 
 import argparse
@@ -31,12 +31,12 @@ SIZES = [512, 1024, 2048, 4096, 8192, 16_384]
 SEEDS = [1, 2, 3]
 DEPTH = 2
 CONTEXT = 256
-BATCH = 4096  # tokens of a step
-STEPS = 200  # at 2,048 tokens; the others follow
+BATCH = 4096  # tokens per step
+STEPS = 200  # for a vocabulary of 2,048; the others follow from it
 
 
 def run(module: str, base: str, **options) -> None:
-    "Run a stage of the pipeline in a folder of its own."
+    "Run a stage of the pipeline in a separate base folder."
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     env = os.environ | {"NANOCHAT_BASE_DIR": base, "NANOCHAT_PRESET": "cpu"}
     env |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
@@ -47,17 +47,17 @@ def run(module: str, base: str, **options) -> None:
 
 
 def flops(vocab: int) -> float:
-    "Count the operations that a token costs with a vocabulary."
+    "Count the operations per token for a vocabulary size."
     return flops_per_token(model_config(DEPTH, vocab, CONTEXT))
 
 
 def study(case: tuple[int, int, bool]) -> dict:
-    "Train a tokenizer of a size and a model from a seed; measure bits per byte."
+    "Train a tokenizer and a model for one size and seed; measure bits per byte."
     size, seed, tiny = case
     docs = [text for text, _ in iter_documents("val", data="embedded")]
     docs = docs[:10] if tiny else docs
 
-    # As many operations for each vocabulary, not as many steps.
+    # Equal operations for each vocabulary, not equal steps.
     steps = round((2 if tiny else STEPS) * flops(2048) / flops(size))
     text = {"max_chars": 200_000} if tiny else {}
     with tempfile.TemporaryDirectory() as base:
@@ -69,7 +69,7 @@ def study(case: tuple[int, int, bool]) -> dict:
         run("base_train", base, depth=DEPTH, seed=seed, **sizes, **limits)
         section = json.loads((Path(base) / "report" / "base_train.json").read_text())
 
-    # Bits per byte: losses per token of two tokenizers cannot be compared.
+    # Bits per byte, because losses per token depend on the tokenizer.
     ratio = sum(len(doc.encode()) for doc in docs) / tokens
     row = {"vocab_size": size, "steps": steps, "bytes_per_token": ratio}
     row |= {"parameters": section["parameters"], "val_bpb": section["val_bpb"]}
@@ -78,7 +78,7 @@ def study(case: tuple[int, int, bool]) -> dict:
 
 
 def main() -> None:
-    "Study all sizes and seeds, two at a time; write the record."
+    "Run all sizes and seeds, two at a time, and write the record."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", required=True, help="JSON file for the results")
     parser.add_argument("--tiny", action="store_true", help="one size, seed; two steps")
@@ -87,7 +87,7 @@ def main() -> None:
     seeds = [1] if options.tiny else SEEDS
     rows: dict[int, dict] = {}
 
-    # Each study waits for processes that it has started, so threads will do.
+    # Each run waits for its own processes, so threads are enough.
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(study, product(sizes, seeds, [options.tiny])):
             bits = row.pop("val_bpb")

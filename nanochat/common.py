@@ -673,9 +673,10 @@ def our_words(
 # %% ../nbs/appendix_common.ipynb #d14a0006
 def without_check(
     config_class: type,  # a dataclass
-) -> type:  # a class with the same options that accepts any value
-    "Disable `__post_init__`, whose errors tyro would draw as a box of many lines."
+) -> type:  # the same options; any value is accepted
+    "Return a class for tyro to fill: without `__post_init__`, own options first."
 
+    # tyro would draw the errors of `__post_init__` as a box of many lines.
     # A class statement, because tyro reads the help texts from its parents' source.
     class Unchecked(config_class):
         __doc__ = config_class.__doc__
@@ -684,6 +685,13 @@ def without_check(
             pass
 
     Unchecked.__name__ = config_class.__name__
+
+    # Help lists a command's own options before those that it inherits.
+    inherited = [vars(base).get("__annotations__", {}) for base in config_class.__mro__]
+    order = dict.fromkeys(name for names in inherited for name in names)
+    known = {option.name: option for option in dataclasses.fields(config_class)}
+    own_first = {name: known[name] for name in order if name in known}
+    Unchecked.__dataclass_fields__ = own_first
     return Unchecked
 
 # %% ../nbs/appendix_common.ipynb #824b5688

@@ -36,7 +36,7 @@ class OptimConfig:
     matrix_weight_decay: float = 0.0  # cautious weight decay of Muon
     betas: tuple[float, float] = (0.8, 0.95)  # decay rates of AdamW's two averages
     eps: float = 1e-10  # epsilon in AdamW's denominator
-    matrix_method: str = "newton-schulz"  # Muon's iteration; or cans (two steps)
+    matrix_method: str = "newton-schulz"  # newton-schulz, or cans (two cheaper steps)
     matrix_dtype: str = ""  # dtype of that iteration; empty: bfloat16 if the GPU has it
     matrix_beta2: float | None = None  # decay of NorMuon's per-row average; None: off
 
@@ -79,7 +79,7 @@ class TextConfig(TrainConfig):
 class BaseConfig(TextConfig):
     "Pretrain a model on text, for example with --depth 6."
 
-    depth: int = 20  # number of layers: the one dial
+    depth: int = 20  # number of layers; the other sizes follow from it
     data: str = ""  # embedded, hub, a path to .parquet or .txt files, or hf:NAME
     max_seq_len: int = 2048  # T, context length in tokens
     param_data_ratio: float = 20.0  # training tokens per parameter

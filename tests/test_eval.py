@@ -162,6 +162,7 @@ def rank_main(rank, world, port, folder):
     compute_cleanup()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path):
     mp.spawn(rank_main, (2, free_port(), str(tmp_path)), nprocs=2)
     two = json.loads((tmp_path / "result.json").read_text())
@@ -644,6 +645,7 @@ def test_counts_that_examine_nothing_are_refused(
     assert stopped.value.code == 2 and said in told
 
 
+@pytest.mark.posix
 def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
     monkeypatch.setattr(execution, "room_problem", lambda: "no room")
     with pytest.raises(UserError, match="no room"):

@@ -182,7 +182,15 @@ def test_help_tells_what_each_option_is_for(capsys):
     assert "a .jsonl file of your own conversations" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse_config(BaseConfig, "base_train", ["--help"])
-    assert "layers: the one dial" in capsys.readouterr().out
+    assert "number of layers" in capsys.readouterr().out
+
+
+def test_help_lists_a_commands_own_options_first(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(BaseConfig, "base_train", ["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(option) for option in ("--depth", "--data", "--seed")]
+    assert places == sorted(places)
 
 
 def test_the_module_of_the_report_generates_and_resets(monkeypatch, capsys):
@@ -199,6 +207,7 @@ def test_the_module_of_the_report_generates_and_resets(monkeypatch, capsys):
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["nanochat.report", "nanochat.dataset"])
 def test_modules_that_nanochat_runs_do_something(module, tmp_path):
     done = subprocess.run(
@@ -219,6 +228,7 @@ def test_download_takes_nanochats_options(line, monkeypatch):
     assert asked == [(240, 4, "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["nanochat", "scripts"])
 def test_base_loss_is_base_eval_without_core(way, monkeypatch, capsys, base_model):
     words = ["--eval-tokens=256", "--bigram-chars=0"]

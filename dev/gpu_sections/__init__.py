@@ -1,11 +1,10 @@
-"""What `dev/gpu.py` can measure: one entry for each section, in the order in which they run.
+"""The sections of `dev/gpu.py`, in the order in which they run.
 
-The order is the order of what is worth knowing when the card may be taken away at any moment.
-The two ceilings take seconds and everything fast is a share of them. A wrong model or a wrong
-compiled step makes every later number worthless, so they come next. Then the two numbers that
-nobody can know without a card, training and decoding. Then what else must be right, since a
-mistake there costs a run rather than an hour; then the explanations of the speed, and at last
-what one machine can show about many.
+They are ordered by importance, because the GPU may be taken away at any moment. The two
+ceilings take seconds, and every speed is a share of them. A wrong model or a wrong compiled
+step makes every later number worthless, so these come next. Then come the two numbers that
+cannot be known without a GPU, training and decoding speed; then everything else that must be
+right; then the explanations of the speed; and finally what one machine can show about many.
 """
 
 import importlib.util
@@ -16,14 +15,14 @@ from typing import Any, NamedTuple
 
 
 class Section(NamedTuple):
-    "Where a section's function is, and what the runner must know about it."
+    "A section: where its function is, and what the runner must know about it."
 
     home: str  # "module:function" of this package
     what: str  # one line for --list
-    seconds: int  # that it takes on an H100, by estimate; not started with less left
-    limit: int  # seconds after which it is ended
-    right: bool = False  # the exit code is 1 if it goes wrong
-    asked: bool = False  # runs only where --only names it
+    seconds: int  # estimated duration on an H100; not started if less time is left
+    limit: int  # seconds after which it is killed
+    right: bool = False  # whether its failure makes the exit code 1
+    asked: bool = False  # runs only if --only names it
 
 
 SECTIONS = {
@@ -84,13 +83,13 @@ SECTIONS = {
 
 
 def all_sections() -> dict[str, Section]:
-    "Return the sections, with those of a file that a test names in GPU_EXTRA_SECTIONS."
+    "Return the sections, including those of the file in GPU_EXTRA_SECTIONS (for tests)."
     extra = os.environ.get("GPU_EXTRA_SECTIONS")
     return SECTIONS | (load_file(extra).SECTIONS if extra else {})
 
 
 def load_file(path: str) -> Any:
-    "Import a Python file that no package holds."
+    "Import a Python file that is not part of a package."
     spec = importlib.util.spec_from_file_location("extra_sections", path)
     assert spec and spec.loader, f"{path} is no Python file"
     module = importlib.util.module_from_spec(spec)

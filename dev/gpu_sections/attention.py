@@ -1,4 +1,4 @@
-"""Every attention kernel that can run here against the one written for reading."""
+"""Compare every attention kernel that can run here with the readable one."""
 
 from functools import partial
 
@@ -56,12 +56,12 @@ def derive(inputs: list[Tensor], window: int, kernel: str) -> dict[str, Tensor]:
 
 
 def attention(scale: Scale, report: Report) -> None:
-    "Compare all kernels, forward and backward, with the twin in fp32; time each."
+    "Compare all kernels, forward and backward, with the twin in fp32, and time each."
     require_bf16(scale)
     refused = {name: kernel_works(name, scale.device) for name in KERNELS}
     report.note(refused={k: why for k, why in refused.items() if why})
 
-    # The shapes, and what the twin makes of them without rounding.
+    # For each shape, the twin's result in fp32 is the reference.
     drawn = {}
     wanted = {}
     for case, shape in cases(scale).items():
@@ -77,7 +77,7 @@ def attention(scale: Scale, report: Report) -> None:
         ]
         if any(served):
             ran.append(name)
-        if served[0] and name != "twin":  # which holds all scores, in fp32
+        if served[0] and name != "twin":  # the twin holds all scores in fp32
             time_kernel(name, scale, report)
 
     q, k, *_ = draw(timed_shape(scale), scale)
@@ -87,20 +87,20 @@ def attention(scale: Scale, report: Report) -> None:
 
 
 def compare(
-    name: str,  # of the kernel
+    name: str,  # the kernel's name
     case: str,
     inputs: tuple[list[Tensor], int],  # and the window
     wanted: dict[str, Tensor],
     report: Report,
 ) -> bool:  # whether it ran
-    "Check one kernel on one shape; what it refuses in words is noted, not wrong."
+    "Check one kernel on one shape; an explicit refusal is noted and not an error."
     (q, k, *_), window = inputs
     try:
         found = derive(*inputs, name)
     except UserError as refusal:
         report.note(**{f"{name}, {case}: refused": str(refusal)})
         return False
-    except RuntimeError as broken:  # wrong only where the model would have chosen it
+    except RuntimeError as broken:  # wrong only if the model would have chosen it
         report.note(**{f"{name}, {case}: broken": str(broken)})
         chosen = choose_kernel(q, k, window, masked=False, trains=True) == name
         return not report.check(f"{name}, {case}: chosen, but broken", chosen, 0)
@@ -110,7 +110,7 @@ def compare(
 
 
 def time_kernel(name: str, scale: Scale, report: Report) -> None:
-    "Time forward and backward at depth 20's shape, and see which kernels run."
+    "Time forward and backward at depth 20's shape, and list the kernels that run."
     inputs = draw(timed_shape(scale), scale)
     step = partial(derive, inputs, 0, name)
     report.note(**{f"{name} seconds": seconds_of(step, scale, 10, 3)})

@@ -1,4 +1,4 @@
-"""Which card this is: the first thing that runs."""
+"""Describe the GPU; this section runs first."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from nanochat.common import environment
 
 
 def device(scale: Scale, report: Report) -> None:
-    "Describe the card, and wake it up."
+    "Describe the GPU, and run something on it."
     if not scale.tiny and not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         report.note(
@@ -33,12 +33,12 @@ def device(scale: Scale, report: Report) -> None:
         device["capability"] = f"{facts.major}.{facts.minor}"
         device["cuda"] = torch.version.cuda
         device["driver"] = driver_version()
-        torch.ones(1, device="cuda").item()  # a card that cannot even this says so here
+        torch.ones(1, device="cuda").item()  # a broken GPU fails here
     report.note(device=device, environment=environment())
 
 
 def driver_version() -> str:
-    "Ask the driver for its version."
+    "Return the version of the driver."
     if not shutil.which("nvidia-smi"):
         return ""
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

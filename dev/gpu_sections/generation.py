@@ -1,4 +1,4 @@
-"""Generation on the card: every way to decode gives the same, and how fast each is."""
+"""Check that all ways to decode on the GPU agree, and measure how fast each is."""
 
 import statistics
 import time
@@ -28,11 +28,11 @@ from nanochat.attention import KVCache
 from nanochat.engine import prefill
 from nanochat.gpt import GPT, GPTConfig
 
-# ---- Right
+# ---- Correctness
 
 
 def empty_cache(model: GPT, rows: int, capacity: int) -> KVCache:
-    "Make a cache for a model."
+    "Create a cache for a model."
     c = model.config
     shape = rows, c.n_kv_head, capacity, c.head_dim, c.n_layer
     return KVCache(*shape, device=model.get_device(), dtype=model.dtype)
@@ -78,7 +78,7 @@ def compare(name: str, model: GPT, ids: Tensor, report: Report) -> None:
         full = model(ids)
     exact = random_model(model.config, model.get_device())
     with torch.inference_mode():
-        # Two ways to round to bf16 are further from each other than from the truth.
+        # Two results rounded to bf16 are further from each other than from the exact one.
         bound = max(FP32, SLACK * SLACK * error(full, exact(ids)))
     rows = torch.arange(4)
     lengths = [40, 7, 1, 25]
@@ -105,7 +105,7 @@ def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
         report.check(f"{name}: not captured", not caught.graph, 0)
     differ = (graph != static).sum().item()
     report.check(f"{name}: greedy ids, graph against the same uncaptured", differ, 0)
-    # In bf16 another kernel's rounding decides between logits that are nearly equal.
+    # In bf16, rounding decides between nearly equal logits, and it differs by kernel.
     if model.dtype == torch.float32:
         differ = (graph != wanted).sum().item()
         report.check(f"{name}: greedy ids, graph against eager", differ, 0)
@@ -113,7 +113,7 @@ def steps_agree(name: str, model: GPT, ids: Tensor, report: Report) -> None:
 
 @torch.inference_mode()
 def greedy(model: GPT, prompts: list[list[int]], count: int, step) -> Tensor:
-    "Continue prompts by the best token, with eager decoding or a DecodeStep."
+    "Continue prompts greedily, with eager decoding or a DecodeStep."
     logits, kv = prefill(model, prompts, 64)
     if step is not None:
         step.load(kv)
@@ -125,7 +125,7 @@ def greedy(model: GPT, prompts: list[list[int]], count: int, step) -> Tensor:
     return torch.stack(chosen, 1).cpu()
 
 
-# ---- Fast
+# ---- Speed
 
 WAYS = ("graph", "eager", "compiled graph")
 
@@ -145,8 +145,8 @@ def decoding(scale: Scale, report: Report) -> None:
     report.note(copy_bytes_per_second=copy_rate(scale), config=vars(config), rows=[])
     for batch in batches:
         one_batch(model, batch, ("graph", "eager"), context, (scale, report))
-    conclude(batches, report)  # what is there counts, whatever comes after it
-    for batch in batches[:2]:  # to compile takes longest
+    conclude(batches, report)  # keep these results, whatever happens later
+    for batch in batches[:2]:  # compiling takes longest
         if scale.left() > scale.pick(60, 0):
             one_batch(model, batch, ("compiled graph",), context, (scale, report))
     conclude(batches, report)
@@ -155,7 +155,7 @@ def decoding(scale: Scale, report: Report) -> None:
         return
     try:
         transformers_batches(model, batches[:2], context, (scale, report))
-    except Exception as error:  # of somebody else's code: no reason to lose ours
+    except Exception as error:  # a failure of their code must not lose our results
         report.note(transformers=f"{type(error).__name__}: {error}"[:300])
 
 
@@ -176,10 +176,10 @@ def fastest(report: Report, batch: int) -> float:
 
 
 def add_row(report: Report, how: str, batch: int, context: int, seconds: float) -> None:
-    "Keep a measurement of a step, with its share of what memory allows."
+    "Record a measurement of a step, with its share of the memory bound."
     config = GPTConfig(**report.figures["config"])
     counts = parameter_counts(config)
-    # Every weight of a product and every key and value is read once in a step.
+    # Every weight, key and value is read once per step.
     read = 2 * sum(counts[m] for m in MATRICES)
     read += kv_cache_bytes(config, batch, context)
     allowed = batch * report.figures["copy_bytes_per_second"] / read
@@ -193,7 +193,7 @@ def add_row(report: Report, how: str, batch: int, context: int, seconds: float) 
 def one_batch(
     model: GPT, batch: int, ways: tuple[str, ...], context: int, place: tuple
 ) -> None:
-    "Time some ways to decode a batch; each must choose the ids that eager chooses."
+    "Time several ways to decode a batch; each must choose the same ids as eager."
     from nanochat.decode import DecodeStep
 
     scale, report = place
@@ -203,7 +203,7 @@ def one_batch(
     for how in ways:
         call = eager_step(model, kv)
         begun = time.perf_counter()
-        if how != "eager":  # which comes last, since it uses the cache up
+        if how != "eager":  # eager comes last, because it uses up the cache
             backend = scale.pick(True, "eager") if "compiled" in how else False
             step = DecodeStep(model, batch, capacity, compiled=backend)
             step.load(kv)
@@ -226,14 +226,14 @@ def eager_step(model: GPT, kv: KVCache):
 
 
 def follow(call, logits: Tensor, count: int, scale: Scale) -> tuple:
-    "Decode greedily; return ids (steps, B), logits after one step, seconds of a step."
+    "Decode greedily; return ids (steps, B), logits after one step, seconds per step."
     chosen = [logits.argmax(-1)]
     part = max(1, count // 8)
-    logits = once = call(chosen[0]).clone()  # the next step overwrites what it returns
+    logits = once = call(chosen[0]).clone()  # the next step overwrites its result
 
     def some() -> None:
         nonlocal logits
-        for _ in range(part):  # nothing is read back: the next step waits for nobody
+        for _ in range(part):  # nothing is read back, so no step waits
             chosen.append(logits.argmax(-1))
             logits = call(chosen[-1])
 
@@ -247,10 +247,10 @@ def same_ids(how: str, batch: int, found: tuple, report: Report) -> None:
     if first == how:
         return
     name = f"batch {batch}, {how} against {first}"
-    bound = 2 * BF16 if "compiled" in how else BF16  # fused kernels round elsewhere
+    bound = 2 * BF16 if "compiled" in how else BF16  # fused kernels round differently
     report.check(f"{name}: logits", error(found[1], logits), bound)
-    # Weights that were never trained leave near ties, which rounding decides: that ids
-    # are equal is checked in fp32 (`decode_right`); here it is told how many are.
+    # Untrained weights leave near ties, which rounding decides. Equality of ids is
+    # checked in fp32 (`decode_right`); here we only report how many are equal.
     agree = (ids == found[0]).float().mean().item()
     report.note(**{f"{name}: share of ids that agree": agree})
 
@@ -275,7 +275,7 @@ def transformers_batches(
             mask = torch.ones_like(ids)
             return theirs.generate(ids, attention_mask=mask, pad_token_id=0, **limits)
 
-        # The difference of two lengths leaves the prompt out, as our rates do.
+        # The difference of two lengths excludes the prompt, as in our rates.
         generate(2)
         short = elapsed(lambda: generate(2), scale)
         seconds = (elapsed(lambda: generate(2 + count), scale) - short) / count
@@ -287,19 +287,19 @@ def transformers_batches(
 
 
 def transformers_model(model: GPT, scale: Scale):
-    "Return their model with our weights, or None where there is no such class."
+    "Return their model with our weights, or None if the class does not exist."
     try:
         from transformers import NanoChatConfig, NanoChatForCausalLM
     except ImportError:
         return None
     from nanochat.hf import hf_config, hf_weights
 
-    # Ids that never come end nothing: every row is as long as it was asked for.
+    # With end ids that never occur, every row has the requested length.
     apart = ("architectures", "model_type", "pad_token_id", "dtype")
     told = {k: v for k, v in hf_config(model.config, 0, 1).items() if k not in apart}
     with torch.device(scale.device):
         theirs = NanoChatForCausalLM(NanoChatConfig(**told))
-    for p in theirs.parameters():  # not the rotary tables, which theirs keep in fp32
+    for p in theirs.parameters():  # not the rotary tables, which stay in fp32
         p.data = p.data.to(torch.bfloat16)
     theirs.load_state_dict(hf_weights(model))
     return theirs.eval()

@@ -1,4 +1,4 @@
-"""Many GPUs, as far as one can show it: NCCL with one rank, and the memory of rank 0 of 8."""
+"""What one GPU can show about many: NCCL with one rank, and the memory of rank 0 of 8."""
 
 import json
 import os
@@ -39,12 +39,12 @@ NVLINK = 450e9  # bytes per second that an H100 SXM can send to the others (data
 
 
 def nccl(scale: Scale, report: Report) -> None:
-    "Take a step under torchrun with NCCL, then be rank 0 of 8 without the others."
+    "Take a step under torchrun with NCCL, then as rank 0 of 8 without the others."
     with tempfile.TemporaryDirectory() as folder:
-        # torchrun, as on eight cards; this file is what it starts.
+        # Start this file with torchrun, as on eight GPUs.
         out = Path(folder) / "rank.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # Without an address torchrun asks for the host's name, which may not resolve.
+        # Without an address, torchrun looks up the host name, which may not resolve.
         command += ["--local-addr=127.0.0.1", "--nproc_per_node=1"]
         command += [__file__, str(out), str(int(scale.tiny))]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -80,9 +80,9 @@ def small_step(device: torch.device) -> dict[str, torch.Tensor]:  # weights
 
 
 def be_rank(out: Path, scale: Scale) -> None:
-    "Be the one rank that torchrun starts."
+    "Run as the single rank that torchrun starts."
     device = scale.device
-    # Muon in bf16 would make much of sums that are added in another order.
+    # Muon in bf16 would magnify differences in the order of sums.
     torch.use_deterministic_algorithms(True, warn_only=True)
     alone = small_step(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -111,7 +111,7 @@ def be_rank(out: Path, scale: Scale) -> None:
 
 
 def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
-    "Count what a rank sends in a step, and how long that takes on NVLink."
+    "Count the bytes a rank sends per step, and how long that takes on NVLink."
     from nanochat.config import BaseConfig
     from nanochat.dry_run import walk
 
@@ -123,7 +123,7 @@ def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
     rows = {}
     total = 0.0
     for name, (calls, moved) in found["collectives"].items():
-        # A ring sends all but a rank's own share; a sum to all goes around twice.
+        # A ring sends all but a rank's own share; an all-reduce goes around twice.
         sent = moved * (WORLD - 1) / WORLD * (2 if name == "allreduce" else 1)
         rows[name] = {"calls": calls, "bytes": moved, "sent": sent}
         total += sent
@@ -132,7 +132,7 @@ def collectives(scale: Scale, report: Report) -> float:  # seconds of a step
 
 
 def rank_of_eight(scale: Scale, report: Report) -> None:
-    "Take a step as rank 0 of 8 with a group that sends nothing: its memory is the real one."
+    "Take a step as rank 0 of a fake group of 8, which uses the same memory as a real one."
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     require_bf16(scale)
@@ -151,7 +151,7 @@ def rank_of_eight(scale: Scale, report: Report) -> None:
             optimizer.step(1.0, 0.95)
             optimizer.zero_grad()
 
-        step()  # makes the optimizer's state
+        step()  # creates the optimizer's state
         report.note(peak_bytes=peak_of(step, scale), counted_bytes=counted)
     finally:
         dist.destroy_process_group()

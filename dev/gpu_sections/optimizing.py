@@ -1,4 +1,4 @@
-"""The optimizer on the card: Muon's iteration in bf16, and AdamW beside PyTorch's."""
+"""Check the optimizer on the GPU: Muon's iteration in bf16, and AdamW against PyTorch's."""
 
 import copy
 import statistics
@@ -26,7 +26,7 @@ BYTES = 256  # the vocabulary of a model that reads bytes
 
 
 def optimizer(scale: Scale, report: Report) -> None:
-    "Check what bf16 does to Muon, in one step and over fifty, and AdamW's steps."
+    "Check the effect of bf16 on Muon, in one step and over fifty, and AdamW's steps."
     require_bf16(scale)
     for method in METHODS:
         singular_values(method, scale, report)
@@ -35,7 +35,7 @@ def optimizer(scale: Scale, report: Report) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         seeds = range(scale.pick(4, 2))
         finals[dtype] = [fifty_steps(dtype, seed, steps, scale) for seed in seeds]
-    # The seeds differ by far more than the iterations do: their spread is the measure.
+    # The seeds differ far more than the iterations, so their spread is the bound.
     exact, half = finals.values()
     report.note(final_loss_fp32=exact, final_loss_bf16=half, steps=steps)
     away = abs(statistics.mean(half) - statistics.mean(exact))
@@ -46,7 +46,7 @@ def optimizer(scale: Scale, report: Report) -> None:
 
 
 def singular_values(method: str, scale: Scale, report: Report) -> None:
-    "Compare the iteration in bf16 with that in fp32, by what it does to singular values."
+    "Compare the iteration in bf16 and fp32 by the resulting singular values."
     side = scale.pick(768, 32)
     for shape in ((side, side), (side, 4 * side), (4 * side, side)):
         g = torch.Generator().manual_seed(sum(shape))
@@ -83,7 +83,7 @@ def fifty_steps(dtype: torch.dtype, seed: int, steps: int, scale: Scale) -> floa
     name = str(dtype).removeprefix("torch.")
     ours = setup_optimizer(model, OptimConfig(matrix_dtype=name))
     text = read_bytes(steps * rows * T + 1).to(scale.device)
-    losses = []  # stay on the device, so that no step waits
+    losses = []  # kept on the device, so that no step waits
     for step in range(steps):
         at = step * rows * T
         x, y = (text[at + i : at + i + rows * T].view(rows, T) for i in (0, 1))

@@ -1,4 +1,4 @@
-"""The real pipeline on the card: the CPU preset's run, and the five-minute lab."""
+"""Run the real pipeline on the GPU: the CPU preset's run, and the five-minute lab."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
     from nanochat.stage import pretrain
     from nanochat.tok_train import TokTrainConfig, train_tokenizer
 
-    # The preset's numbers are text; the config's defaults know their types.
+    # The preset's values are text; the config's defaults tell their types.
     read = read_preset("base_train", "cpu")
     options = {k: type(getattr(BaseConfig, k))(v) for k, v in read.items()}
     options |= dict(num_iterations=STEPS, eval_every=-1, save_every=-1)
@@ -43,14 +43,14 @@ def preset_run(folder: Path, seed: int, scale: Scale, device: str) -> dict:
 
 
 def spread(values: list[float]) -> float:
-    "Return the distance from the mean in which another seed falls, 19 times out of 20."
-    # Student's t for 95 %, by the number of values: few seeds say little about others.
+    "Return the distance from the mean within which another seed falls 19 times in 20."
+    # Student's t for 95 %, by the number of values.
     t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
     return t * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
 
 
 def same_training(scale: Scale, report: Report) -> None:
-    "Train the CPU preset's model in bf16: does it learn as much as on the CPU?"
+    "Train the CPU preset's model in bf16, and compare its loss with the CPU's."
     require_crate()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -77,7 +77,7 @@ def lab(scale: Scale, report: Report) -> None:
         command = ["bash", "speedrun.sh", "--preset", "gpu-lab"]
         told = dict(os.environ, NANOCHAT_BASE_DIR=folder)
         if scale.tiny:
-            raise Skip("five minutes on a card; the CPU has its own preset")
+            raise Skip("takes five minutes on a GPU; the CPU has its own preset")
         code = subprocess.run(command, cwd=ROOT, env=told).returncode
         for file in sorted((Path(folder) / "report").glob("*.json")):
             report.note(**{file.stem: json.loads(file.read_text())})

@@ -1,4 +1,4 @@
-"""Checkpoints written on the card, and runs that are killed there."""
+"""Check checkpoints written on the GPU, and runs killed there."""
 
 import os
 import tempfile
@@ -23,11 +23,11 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Optimizers, setup_optimizer
 from nanochat.train import accumulate
 
-EXACT = OptimConfig(matrix_dtype="float32")  # what every device can do alike
+EXACT = OptimConfig(matrix_dtype="float32")  # the same on every device
 
 
 def fresh(scale: Scale, device: torch.device, dtype: torch.dtype) -> tuple:
-    "Make a small model and its optimizer, as a run begins with them."
+    "Build a small model and its optimizer, as at the start of a run."
     width = scale.pick(256, 32)
     config = GPTConfig(scale.pick(128, 32), 512, 2, 4, 2, width, value_embeds=True)
     model = GPT(config, dtype).to(device)
@@ -36,7 +36,7 @@ def fresh(scale: Scale, device: torch.device, dtype: torch.dtype) -> tuple:
 
 
 def steps(model: GPT, optimizer: Optimizers, numbers: range, scale: Scale) -> None:
-    "Take the optimizer steps of these numbers; each has its own random batch."
+    "Take the optimizer steps with these numbers, each with its own random batch."
     for number in numbers:
         batch = random_batch(model.config, 4, scale, seed=number)
         batch.inputs = batch.inputs.to(model.get_device())
@@ -53,7 +53,7 @@ def moved(model: GPT, start: dict[str, Tensor]) -> Tensor:
 
 
 def checkpoint(scale: Scale, report: Report) -> None:
-    "Continue a checkpoint of the card on the card and on the CPU; all must agree."
+    "Resume a checkpoint of the GPU on the GPU and on the CPU; all must agree."
     from nanochat import checkpoint
 
     with tempfile.TemporaryDirectory() as name, exact_products():
@@ -71,7 +71,7 @@ def checkpoint(scale: Scale, report: Report) -> None:
             cursors = checkpoint.load_training_state(path, again, resumed)
             report.check(f"{place}: cursors", cursors != {"0": {"at": 3}}, 0)
             steps(again, resumed, range(3, 6), scale)
-            # Muon makes much of the smallest singular values, hence of rounding too.
+            # Muon amplifies the smallest singular values, and so rounding errors too.
             bound = 1e-3 if place == "card" else 1e-2
             found = error(moved(again, start), wanted)
             report.check(f"continued on the {place}: weights", found, bound)
@@ -84,7 +84,7 @@ LAST, EVERY = 12, 3  # steps of the run, steps between checkpoints
 
 
 def be_killed(folder: Path, scale: Scale) -> None:
-    "Be a run that saves every few steps and continues where the last checkpoint is."
+    "Run training that saves every few steps and resumes from the last checkpoint."
     from nanochat import checkpoint
 
     checkpoint.use_deterministic()
@@ -97,11 +97,11 @@ def be_killed(folder: Path, scale: Scale) -> None:
         steps(model, optimizer, range(step, step + 1), scale)
         if (step + 1) % EVERY == 0:
             checkpoint.save(folder, step + 1, model, optimizer)
-            time.sleep(0.2)  # for the kill
+            time.sleep(0.2)  # leave time for the kill
 
 
 def start(folder: Path, scale: Scale):  # a process
-    "Start a run in a fork; this process has not touched the card."
+    "Start a run in a fork; this process has not used the GPU."
     folder.mkdir(exist_ok=True)
     method = os.environ.get("GPU_START", "fork")
     context: Any = get_context(method)
@@ -111,13 +111,13 @@ def start(folder: Path, scale: Scale):  # a process
 
 
 def resume(scale: Scale, report: Report) -> None:
-    "Kill a run after its second checkpoint, start it again, compare with one left alone."
+    "Kill a run after its second checkpoint, resume it, and compare with one left alone."
     with tempfile.TemporaryDirectory() as name:
         alone = Path(name) / "alone"
         killed = Path(name) / "killed"
         whole, victim = start(alone, scale), start(killed, scale)
         mark = killed / f"step_{2 * EVERY:06d}"
-        # The mark appears when a checkpoint is whole; the next steps are lost.
+        # The marker appears when a checkpoint is complete; the next steps are lost.
         while victim.is_alive() and not mark.is_dir():
             time.sleep(0.005)
         victim.kill()
@@ -132,7 +132,7 @@ def resume(scale: Scale, report: Report) -> None:
 
 
 def compare_runs(alone: Path, killed: Path, report: Report) -> None:
-    "Compare the last checkpoints bit for bit: deterministic kernels were asked for."
+    "Compare the last checkpoints bit for bit, since deterministic kernels were used."
     differ, worst = 0, 0.0
     for file in sorted((alone / f"step_{LAST:06d}").glob("*.safetensors")):
         wanted = load_file(file)

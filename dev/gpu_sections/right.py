@@ -1,4 +1,4 @@
-"""Is it right? The model on the card against the CPU, bf16 against fp32, compiled against eager."""
+"""Compare the model on the GPU with the CPU, bf16 with fp32, and compiled with eager."""
 
 from functools import partial
 from typing import Any
@@ -48,18 +48,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 FP32, BF16 = 1e-4, 2e-2  # largest errors
-SLACK = 1.5  # of our error in bf16 over that of PyTorch's own operations
+SLACK = 1.5  # largest ratio of our bf16 error to that of PyTorch's own operations
 
 
 def small_config(scale: Scale, **fields) -> GPTConfig:
-    "Return a model small enough for the CPU to check, with heads as large as on a card."
+    "Return a model small enough to check on the CPU, with heads of the real size."
     width, vocab = scale.pick(512, 64), scale.pick(4000, 250)
     sizes = dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=width)
     return GPTConfig(scale.pick(256, 64), vocab, **(sizes | fields))
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
-    "RMSNorm, PyTorch's own."
+    "Compute RMSNorm with PyTorch's own operation."
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
@@ -83,7 +83,7 @@ def plain_attention(model: GPT, i: int, x: Tensor, extra: Tensor | None) -> Tens
     sin = model.sin[:T]
     q, k = (norm(apply_rotary(t, cos, sin), c.norm_eps) for t in (q, k))
     k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, 2) for t in (k, v))
-    # A mask of all pairs, which every kernel of PyTorch takes for its windows too.
+    # A mask of all pairs, which can express windows too.
     mask = visible(torch.arange(T, device=x.device)[None], T, c.window(i))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
@@ -97,7 +97,7 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     x = norm(table.to(model.dtype), c.norm_eps)
     x = start = middle = smear(model, x, ids, None)
 
-    # Layer by layer, with what the middle of the network adds to the end.
+    # Layer by layer; some designs add the middle of the network to the end.
     for i, block in enumerate(model.transformer.h):
         x = weigh(model, i, x, start)
         extra = extra_values(model, i, ids)
@@ -121,14 +121,14 @@ def outcome(call, model: GPT, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def model(scale: Scale, report: Report) -> None:
-    "Compare a small model of every kind: fp32 on both devices, bf16 on the card."
+    "Compare a small model of every variant: fp32 on both devices, bf16 on the GPU."
     require_bf16(scale)
     for name, fields in VARIANTS.items():
         config = small_config(scale, **fields)
         ids = random_ids(config, 4, config.sequence_len + 1)
         reference = random_model(config, torch.device("cpu"))
         ours = random_model(config, scale.device)
-        # Rounded products would hide a mistake of a thousandth.
+        # Products in tf32 would hide an error of a thousandth.
         with exact_products(), torch.no_grad():
             wanted = reference(ids[:, :-1])
             found = ours(ids[:, :-1].to(scale.device))
@@ -159,19 +159,19 @@ def half(name: str, ours: GPT, ids: Tensor, right: tuple, report: Report) -> Non
     report.check(f"{name}: loss, bf16", error(near, loss), BF16)
     report.check(f"{name}: gradients, bf16", mine, max(BF16, SLACK * theirs))
     mine, theirs = worst(near_grads, grads), worst(plain_grads, grads)
-    # The largest of many rounding errors, of gradients of four numbers among others.
+    # This is the largest of many rounding errors, some in gradients of four numbers.
     report.check(f"{name}: worst gradient, bf16", mine, max(5e-2, 2 * theirs))
     report.note(**{f"{name}: bf16 error of the loss": error(near, loss)})
     report.note(**{f"{name}: plain bf16 error of the loss": error(plain, loss)})
 
 
 def flat(grads: dict[str, Tensor]) -> Tensor:
-    "Put all gradients into one vector."
+    "Concatenate all gradients into one vector."
     return torch.cat([grads[name].flatten().cpu() for name in sorted(grads)])
 
 
 def compiled(scale: Scale, report: Report) -> None:
-    "Compare the compiled model with the eager one, where every mistake would be silent."
+    "Compare the compiled model with the eager one, whose errors would be silent."
     from nanochat.compiling import compiled_differs
 
     require_bf16(scale)
@@ -181,11 +181,11 @@ def compiled(scale: Scale, report: Report) -> None:
         del cases["default"]  # each takes seconds
     for name, dtype in cases.items():
         compare_compiled(name, dtype, backend, scale, report)
-    # What guards every run must not cry wolf.
+    # The guard of every run must not give false alarms.
     config = small_config(scale, n_layer=1)
     told = compiled_differs(config, scale.device, torch.bfloat16, backend=backend)
     report.check("complaints of the guard in bf16", bool(told), 0)
-    # In fp32 both round in the last digit, by other formulas: noted, not judged.
+    # In fp32, both round in the last digit, but differently: only noted.
     wide = compiled_differs(config, scale.device, torch.float32, backend=backend)
     report.note(guard=told, guard_fp32=wide)
     worst_of_all = max(c["value"] for c in report.checks if "gradient" in c["name"])
@@ -208,7 +208,7 @@ def compare_compiled(
         near, near_grads = outcome(call, ours, ids)
     report.note(**{f"{name}: compile seconds": told})
     report.check(f"{name}: loss", error(near, loss), BF16)
-    # Fused kernels round less often, so equal means: as near to fp32 as eager is.
+    # Fused kernels round less often, so require only to be as close to fp32 as eager.
     bound = max(BF16, SLACK * worst(eager, grads))
     report.check(f"{name}: worst gradient", worst(near_grads, grads), bound)
     report.kernels = names(watched(lambda: outcome(call, ours, ids), scale))
@@ -253,7 +253,7 @@ def head(scale: Scale, report: Report) -> None:
             SLACK * error(theirs[part], right), 1e-3 if part == "loss" else 5e-3
         )
         report.check(f"{part}, bf16", error(found[part], right), bound)
-    del wanted, found, theirs  # gigabytes, which the peaks below would count
+    del wanted, found, theirs  # gigabytes that would count toward the peaks below
     for name, f in {"chunked": chunked_head, "plain": plain_head}.items():
         step = partial(derive, f, x, w, targets)
         report.note(**{f"{name} seconds": seconds_of(step, scale, 5, 2)})

@@ -1,4 +1,4 @@
-"""How fast is training? The ceilings, depth 20 as it ships, each lever alone, fp8, the parts."""
+"""Measure training speed: ceilings, depth 20 as shipped, each optimization alone, fp8, parts."""
 
 import statistics
 from collections.abc import Callable
@@ -38,8 +38,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 from nanochat.train import accumulate
 
-TOKENS = 524_288  # of an optimizer step
-PARTS = {  # of a step: words in the names of kernels (on a CPU: of operators)
+TOKENS = 524_288  # per optimizer step
+PARTS = {  # parts of a step: words in the names of kernels (operators on a CPU)
     "attention": "flash fmha sdpa attention attend cudnn dot_do_o convert_dq".split(),
     "matrix products": "gemm nvjet cutlass cublas xmma splitk _mm ::mm ::bmm".split(),
 }
@@ -49,7 +49,7 @@ PARTS = {  # of a step: words in the names of kernels (on a CPU: of operators)
 
 
 def copy_rate(scale: Scale) -> float:  # bytes read and written per second
-    "Measure how fast the memory is, with a copy far larger than the cache."
+    "Measure memory bandwidth with a copy far larger than the cache."
     a = torch.randn(scale.pick(2**28, 2**18), device=scale.device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / seconds_of(lambda: b.copy_(a), scale, 20, 3)
@@ -64,7 +64,7 @@ def product_rate(scale: Scale) -> float:  # operations per second
 
 
 def bandwidth(scale: Scale, report: Report) -> None:
-    "Measure the ceilings that every other figure is a share of."
+    "Measure the two ceilings to which all other figures are compared."
     require_bf16(scale)
     flops, copied = product_rate(scale), copy_rate(scale)
     report.note(product_flops=flops, copy_bytes_per_second=copied)
@@ -110,11 +110,11 @@ class Trainer:
         self.micro = max(2, scale.pick(TOKENS, 256) // self.tokens)  # of a step
 
     def passes(self, times: int = 1) -> None:
-        "Run forward and backward, as the loop does."
+        "Run forward and backward, as in the training loop."
         accumulate(self.call, [self.batch] * times)
 
     def update(self) -> None:
-        "Take the optimizer's step; the gradients stay."
+        "Take the optimizer's step, keeping the gradients."
         self.optimizer.grad_norm()
         self.optimizer.step(1.0, 0.95)
 
@@ -130,7 +130,7 @@ class Trainer:
         self.update()
 
     def close(self) -> None:
-        "Give the memory back."
+        "Free the memory."
         # Nothing uses them afterwards, so their types leave None out.
         self.model = self.call = self.optimizer = self.batch = None  # type: ignore[assignment]
         clean(self.scale)
@@ -153,13 +153,13 @@ def training(scale: Scale, report: Report) -> None:
 
 
 def training_32(scale: Scale, report: Report) -> None:
-    "Measure the same with 32 rows at a time, where they fit."
+    "Measure the same with 32 rows at a time, if they fit."
     row = with_rows(scale.pick(32, 4), scale, report)
     report.goal("tokens per second", row["tokens_per_second"], 150_000)
 
 
 def with_rows(rows: int, scale: Scale, report: Report) -> dict:  # the figures
-    "Take the figures of depth 20 with so many rows in a micro-batch."
+    "Measure depth 20 with a number of rows per micro-batch."
     require_bf16(scale)
     require_memory(scale, counted_bytes(scale, rows), f"depth 20, {rows} rows")
     row = measure(Trainer(scale, rows, guard=True), report)
@@ -171,12 +171,12 @@ def with_rows(rows: int, scale: Scale, report: Report) -> dict:  # the figures
 
 
 def measure(trainer: Trainer, report: Report) -> dict:
-    "Take the figures of a step, from the first pass that compiles on."
+    "Measure a step, including the first pass, which compiles."
     scale, config = trainer.scale, trainer.config
     first = elapsed(trainer.passes, scale)
-    report.note(first_pass_seconds=first)  # each figure is kept as soon as it is there
+    report.note(first_pass_seconds=first)  # each figure is saved as soon as it is known
     again = statistics.median(elapsed(trainer.passes, scale) for _ in range(3))
-    trainer.update()  # its buffers exist from here on
+    trainer.update()  # allocates its buffers
     peak = peak_of(trainer.once, scale)
     updates = [elapsed(trainer.update, scale) for _ in range(3)]
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
@@ -207,7 +207,7 @@ def measure(trainer: Trainer, report: Report) -> dict:
 
 
 def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> seconds
-    "Add up kernels by what their names say; what they do not say is element-wise work."
+    "Add up kernels by words in their names; all others are element-wise work."
     parts = dict.fromkeys([*PARTS, "element-wise"], 0.0)
     for kernel, seconds in spent.items():
         words = kernel.lower()
@@ -215,7 +215,7 @@ def sort_kernels(spent: dict[str, float]) -> dict[str, float]:  # part -> second
         for part, keys in PARTS.items():
             if any(key in words for key in keys):
                 found.append(part)
-        if words.startswith("triton_"):  # named after what they were made for
+        if words.startswith("triton_"):  # named after the fused operations
             found = ["matrix products"] if words.startswith("triton_tem") else []
         parts[found[0] if found else "element-wise"] += seconds
     return parts
@@ -233,7 +233,7 @@ def profile(scale: Scale, report: Report) -> None:
     model, loss = watched(trainer.passes, scale), watched(loss_alone(trainer), scale)
     update = watched(trainer.update, scale)
     seconds = statistics.median(elapsed(trainer.step, scale) for _ in range(3))
-    # The loss has the same kinds of kernels as the rest: it is measured alone and taken off.
+    # The loss uses the same kinds of kernels, so it is measured alone and subtracted.
     whole, last = sort_kernels(model), sort_kernels(loss)
     micro = trainer.micro
     parts = {k: micro * max(0.0, whole[k] - last[k]) for k in whole}
@@ -270,7 +270,7 @@ def loss_alone(trainer: Trainer) -> Callable:
     return step
 
 
-# ---- Levers
+# ---- Single optimizations
 
 
 def levers(scale: Scale, report: Report) -> None:
@@ -299,11 +299,11 @@ def levers(scale: Scale, report: Report) -> None:
 
 
 def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
-    "Return for each kernel that can run what makes a model use it; note the others."
+    "Return, for each kernel that can run, how to make a model use it; note the others."
     found: dict[str, Callable] = {}
     for name in KERNELS:
         if name in ("twin", "blocks", "mask"):
-            continue  # for reading, for a CPU, and for ragged rows
+            continue  # the twin, and kernels for CPUs and ragged rows
         if why := kernel_works(name, scale.device):
             add_lever(f"attention {name}", {"note": f"cannot run: {why}"}, report)
         else:
@@ -312,7 +312,7 @@ def attention_levers(scale: Scale, report: Report) -> dict[str, Callable]:
 
 
 def window_kernels(scale: Scale, report: Report) -> list[str]:
-    "Return the kernels that know windows and can run; all layers but the last have one."
+    "Return the kernels that support windows and can run here."
     found = []
     for name in ("mask", "varlen", "flash3"):
         if why := kernel_works(name, scale.device):
@@ -323,7 +323,7 @@ def window_kernels(scale: Scale, report: Report) -> list[str]:
 
 
 def add_lever(name: str, found: dict, report: Report) -> None:
-    "Keep a row; what was not measured is null."
+    "Record a row, with null for anything not measured."
     row = {"lever": name, "tokens_per_second": None, "peak_bytes": None, "note": ""}
     report.note(rows=[*report.figures["rows"], row | found])
 
@@ -334,10 +334,10 @@ def lever(
     report: Report,
     batch: int = 0,  # rows; 0: 16
     *,
-    quiet: bool = True,  # no garbage collection, as in the loop
-    **change,  # of the Trainer
+    quiet: bool = True,  # no garbage collection, as in the training loop
+    **change,  # options of the Trainer
 ) -> None:
-    "Time some layers of depth 20 with one change; a failure is a row as well."
+    "Time some layers of depth 20 with one change; a failure is recorded too."
     from nanochat.train import quiet_gc
 
     if scale.left() < scale.pick(20, 0):
@@ -356,7 +356,7 @@ def lever(
         found["note"] = f"compile {first:.0f} s; {min(times):.4f} to {max(times):.4f} s"
     except (RuntimeError, ValueError) as error:
         found["note"] = str(error).strip().split("\n")[0][:200]
-    trainer = None  # before the memory is asked for again
+    trainer = None  # free the memory before allocating again
     clean(scale)
     add_lever(name, found, report)
 
@@ -370,8 +370,8 @@ def fp8(scale: Scale, report: Report) -> None:
 
     require_bf16(scale)
     if (why := fp8_works(scale.device)) and not scale.tiny:
-        raise Skip(why)  # a CPU has an emulation with the same arithmetic
-    # Compiling all twenty layers twice takes long: with little time, six must do.
+        raise Skip(why)  # a CPU uses an emulation with the same arithmetic
+    # Compiling all twenty layers twice takes long; if time is short, use six.
     layers = 20 if scale.left() > 150 else 6
     require_memory(scale, counted_bytes(scale, scale.pick(16, 2), layers), "fp8")
     rates = {name: rate(layers, w, scale, report) for name, w in ways(use_fp8).items()}
@@ -390,7 +390,7 @@ def fp8(scale: Scale, report: Report) -> None:
 
 
 def ways(use_fp8: Callable) -> dict[str, Callable | None]:
-    "Return what is done to a model in each case."
+    "Return how the model is changed in each case."
     return {"bf16": None, "fp8": use_fp8}
 
 
@@ -422,7 +422,7 @@ def bits_after(steps: int, wrap, scale: Scale, seed: int = 0) -> float:
         (text[at : at + size].view(rows, T), text[at + 1 : at + 1 + size].view(rows, T))
         for at in range(0, (steps + 4) * size, size)
     ]
-    for step, (x, y) in enumerate(pairs[:steps]):  # the rate falls in the second half
+    for step, (x, y) in enumerate(pairs[:steps]):  # warmdown in the second half
         model(x, y).backward()
         optimizer.step(min(1.0, 2 * (1 - step / steps)), 0.95)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What the sections share: sizes, the report, errors, clocks, models with random weights."""
+"""Tools shared by the sections: sizes, reports, errors, timing, models with random weights."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler
 
 import torch
 from torch import Tensor
@@ -33,18 +33,18 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Scale:
-    "How large everything is: as on a card, or small enough for a CPU."
+    "The sizes of everything: as on a GPU, or small enough for a CPU."
 
     tiny: bool = False
-    seconds: float = math.inf  # that the section may take
+    seconds: float = math.inf  # time limit of the section
     begun: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        "Return the seconds until the section is ended."
+        "Return the seconds left until the section is killed."
         return self.begun + self.seconds - time.monotonic()
 
     def pick(self, full, tiny):
-        "Choose between the size for a card and the one for the CPU."
+        "Choose between the size for a GPU and the one for a CPU."
         return tiny if self.tiny else full
 
     @property
@@ -53,16 +53,16 @@ class Scale:
 
     @property
     def backend(self) -> str:
-        "Of torch.compile: on the CPU one that takes a second and needs no C++ compiler."
+        "Return the backend of torch.compile; the CPU's is fast and needs no C++ compiler."
         return self.pick("inductor", "eager")
 
 
 @dataclass
 class Report:
-    "What a section found; written to a file after every line, so that a crash keeps it."
+    "The results of a section, written to a file after every line to survive a crash."
 
     path: Path
-    status: str = "failed"  # until the section has come to its end
+    status: str = "failed"  # until the section has finished
     why: str = ""
     key: str = ""  # the figure for the table
     kernels: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Report:
         write_atomic(self.path, json.dumps(plain(facts)))
 
     def check(self, name: str, value: float, bound: float) -> bool:  # value <= bound
-        "Compare an error with the largest that is right; NaN is wrong."
+        "Compare an error with its bound; NaN counts as wrong."
         value, bound = float(value), float(bound)
         ok = value <= bound
         self.checks.append({"name": name, "value": value, "bound": bound, "ok": ok})
@@ -82,20 +82,20 @@ class Report:
         return ok
 
     def goal(self, name: str, value: float, goal: float, most: bool = False) -> None:
-        "Note a wish: at least the goal, or with `most` at most. Missing it is no error."
+        "Record a goal, a minimum or (with `most`) a maximum; missing it is not an error."
         met = value <= goal if most else value >= goal
         row = {"name": name, "value": float(value), "goal": goal, "met": bool(met)}
         self.figures.setdefault("goals", []).append(row)
         self.write()
 
     def note(self, **figures) -> None:
-        "Keep figures."
+        "Record figures."
         self.figures.update(figures)
         self.write()
 
 
 def plain(value):
-    "Make JSON of nested results; what is not a finite number becomes null."
+    "Convert nested results to JSON; numbers that are not finite become null."
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -105,38 +105,38 @@ def plain(value):
     return value if isinstance(value, (int, str, type(None))) else str(value)
 
 
-# ---- What this card has
+# ---- What this GPU has
 
 
 def this_gpu() -> tuple[str | None, Gpu | None]:  # key of GPUS, entry
-    "Recognise the card, if it is in the plan's table."
+    "Recognize the GPU, if it is in the plan's table."
     gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return next((key for key, g in GPUS.items() if g is gpu), None), gpu
 
 
 def require_bf16(scale: Scale) -> None:
-    "Skip on cards older than Ampere."
+    "Skip on GPUs older than Ampere."
     if not scale.tiny and torch.cuda.get_device_capability()[0] < 8:
         raise Skip(f"{torch.cuda.get_device_name()} has no bfloat16")
 
 
 def free_bytes(scale: Scale) -> int:
-    "Return the memory that can be had on the device; on a CPU it is not asked for."
+    "Return the available memory of a GPU; a CPU is not checked."
     return torch.cuda.mem_get_info()[0] if scale.device.type == "cuda" else 2**60
 
 
 def require_memory(scale: Scale, needed: float, what: str) -> None:  # bytes
-    "Skip what would not fit, before it fails half way."
+    "Skip a measurement that would not fit, before it fails halfway."
     free = free_bytes(scale)
     if needed > 0.97 * free:
-        raise Skip(f"{what} needs {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
+        raise Skip(f"{what} needs {needed / GIB:.1f} GiB, but {free / GIB:.1f} are free")
 
 
 # ---- Errors
 
 
 def error(found: Tensor, wanted: Tensor) -> float:  # |found - wanted| / |wanted|
-    "Measure how far a result is from the right one; NaN stays NaN."
+    "Return the relative error of a result; NaN stays NaN."
     found, wanted = (x.detach().double().cpu() for x in (found, wanted))
     size = wanted.norm().item()
     return (found - wanted).norm().item() / (size or 1.0)
@@ -151,7 +151,7 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def gradients(model) -> dict[str, Tensor]:
-    "Copy a model's gradients, and forget them there."
+    "Copy a model's gradients, and clear them in the model."
     named = {n.removeprefix("_orig_mod."): p for n, p in model.named_parameters()}
     found = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
     for p in named.values():
@@ -165,10 +165,10 @@ def gradients(model) -> dict[str, Tensor]:
 def random_model(
     config: GPTConfig,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,  # of the activations
+    dtype: torch.dtype = torch.float32,  # dtype of the activations
     seed: int = 0,
 ) -> GPT:
-    "Make a model in which no weight is zero; drawn on the CPU, so alike everywhere."
+    "Build a model without zero weights, drawn on the CPU to be the same everywhere."
     model = GPT(config, dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -181,12 +181,12 @@ def random_model(
 
 
 def large_model(config: GPTConfig, scale: Scale) -> GPT:
-    "Make a bf16 model on its device, with the weights that a run begins with."
+    "Build a bf16 model on its device, with a run's initial weights."
     with torch.device("meta"):
         model = GPT(config, torch.bfloat16)
     model = model.to_empty(device=scale.device)
     model.init_weights(0)
-    with torch.no_grad():  # zeros hide mistakes and can be faster than real numbers
+    with torch.no_grad():  # zeros hide errors and may be faster than real numbers
         for p in model.parameters():
             if not p.any():
                 p.normal_(std=0.01)
@@ -194,7 +194,7 @@ def large_model(config: GPTConfig, scale: Scale) -> GPT:
 
 
 def depth_20(scale: Scale, layers: int = 20) -> GPTConfig:
-    "Return the model that every published figure is about, or some layers of it."
+    "Return the model of all published figures, or some of its layers."
     if scale.tiny:
         return GPTConfig(64, 512, n_layer=1, n_head=2, n_kv_head=2, n_embd=64)
     whole = model_config(20, 65_536, 2048)
@@ -217,14 +217,14 @@ def random_batch(config: GPTConfig, rows: int, scale: Scale, seed: int = 1) -> B
 
 
 def wait(scale: Scale) -> None:
-    "Wait until the device has done everything it was told."
+    "Wait until the device has finished all its work."
     if scale.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(f: Callable, scale: Scale, repeat: int = 10, warm: int = 3) -> float:
-    "Return the median time of a call: between events on a card, by the clock on a CPU."
-    for _ in range(warm):  # loads modules, chooses kernels, fills caches
+    "Return the median time of a call, from events on a GPU, from the clock on a CPU."
+    for _ in range(warm):  # warm up: load modules, choose kernels, fill caches
         f()
     wait(scale)
     if scale.device.type != "cuda":
@@ -241,7 +241,7 @@ def seconds_of(f: Callable, scale: Scale, repeat: int = 10, warm: int = 3) -> fl
 
 
 def elapsed(f: Callable, scale: Scale) -> float:
-    "Return the seconds of one call by the clock, the device's work included."
+    "Return the wall-clock seconds of one call, including the device's work."
     wait(scale)
     begun = time.perf_counter()
     f()
@@ -250,7 +250,7 @@ def elapsed(f: Callable, scale: Scale) -> float:
 
 
 def peak_of(f: Callable, scale: Scale) -> int:
-    "Return the most bytes that were allocated while f ran, those before included."
+    "Return the peak of allocated bytes while f runs, including earlier allocations."
     if scale.device.type != "cuda":
         f()
         return 0
@@ -262,7 +262,7 @@ def peak_of(f: Callable, scale: Scale) -> int:
 
 
 def watched(f: Callable, scale: Scale) -> dict[str, float]:  # kernel -> seconds
-    "Run f under the profiler; on a CPU, operators stand for kernels."
+    "Run f under the profiler; on a CPU, operators stand in for kernels."
     cuda = scale.device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=kinds) as watch:
@@ -271,7 +271,7 @@ def watched(f: Callable, scale: Scale) -> dict[str, float]:  # kernel -> seconds
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [e for e in watch.key_averages() if e.device_type == wanted]
-    # A named region, such as a compiled one, would count its kernels a second time.
+    # A named region, such as a compiled one, would count its kernels twice.
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]
     spent = {e.key: getattr(e, field) / 1e6 for e in events}
     return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
@@ -284,7 +284,7 @@ def names(kernels: Iterable[str], most: int = 12) -> list[str]:
 
 @contextmanager
 def exact_products():
-    "Multiply float32 as float32: no tf32."
+    "Disable tf32 for float32 products."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -294,7 +294,7 @@ def exact_products():
 
 
 def clean(scale: Scale) -> None:
-    "Give back memory that nobody refers to, and forget what was compiled."
+    "Free unreferenced memory, and discard compiled code."
     torch._dynamo.reset()
     gc.collect()
     if scale.device.type == "cuda":
@@ -302,9 +302,9 @@ def clean(scale: Scale) -> None:
 
 
 def require_crate() -> None:
-    "Skip where text cannot be cut into tokens."
+    "Skip if the tokenizer is not available."
     import rustbpe
 
-    # In a source tree without the crate, its folder answers to the name.
+    # In a source tree without the compiled crate, its folder has the same name.
     if not hasattr(rustbpe, "Tokenizer"):
         raise Skip("needs our crate rustbpe: see CONTRIBUTING.md, On a GPU")

@@ -1,4 +1,4 @@
-"""Does the step ever wait? Hidden synchronisations, and copies that overlap."""
+"""Check a step for hidden synchronizations, and that copies overlap with computation."""
 
 import json
 import tempfile
@@ -26,13 +26,13 @@ from nanochat.train import accumulate
 
 
 def alarm(scale: Scale, mode: str) -> None:
-    "Let PyTorch tell of every wait for the card: default, warn or error."
+    "Set how PyTorch reports every wait for the GPU: default, warn or error."
     if scale.device.type == "cuda":
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def stream(model: GPT, scale: Scale) -> Iterator[Batch]:
-    "Yield batches for ever, copied to the device as the loader copies them."
+    "Yield batches forever, copied to the device as by the loader."
     config, number = model.config, 0
     while True:
         number += 1
@@ -42,7 +42,7 @@ def stream(model: GPT, scale: Scale) -> Iterator[Batch]:
 
 
 def step(model: GPT, optimizer: Optimizers, batches, scale: Scale, mode: str) -> None:
-    "Take a step as the loop does; only the one read of loss and norm may wait."
+    "Take a step as in the loop; only the one read of loss and norm may wait."
     alarm(scale, mode)
     try:
         micro = [next(batches) for _ in range(2)]
@@ -58,8 +58,8 @@ def step(model: GPT, optimizer: Optimizers, batches, scale: Scale, mode: str) ->
 
 
 def find_waits(take, report: Report) -> None:
-    "Take steps with the alarm on: it must not go off, and must be one that would."
-    # "warn" tells of every place, "error" of the first, but of that with certainty.
+    "Take steps with the alarm on, which must not go off, and check that it works."
+    # "warn" reports every place; "error" stops reliably at the first.
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         take("warn")
@@ -79,7 +79,7 @@ def find_waits(take, report: Report) -> None:
 
 
 def syncs(scale: Scale, report: Report) -> None:
-    "Take steps with the alarm on, then look for copies beside kernels in a trace."
+    "Take steps with the alarm on, then look for copies that overlap with kernels."
     require_bf16(scale)
     model = large_model(depth_20(scale, 4), scale)
     optimizer = setup_optimizer(model)
@@ -88,7 +88,7 @@ def syncs(scale: Scale, report: Report) -> None:
     def take(mode: str) -> None:
         step(model, optimizer, batches, scale, mode)
 
-    for _ in range(2):  # the first steps allocate, which waits
+    for _ in range(2):  # the first steps allocate memory, which waits
         take("default")
     find_waits(take, report)
 
@@ -120,8 +120,8 @@ def trace(f, scale: Scale, times: int = 5) -> list[dict]:
 
 def overlap(
     events: list[dict],
-) -> tuple[int, int]:  # copies to the card, beside kernels
-    "Count the copies that run while a kernel of another stream does."
+) -> tuple[int, int]:  # copies to the GPU; those that overlap with kernels
+    "Count the copies that overlap with a kernel of another stream."
     kernels = [e for e in events if e.get("cat") == "kernel"]
     copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"]]
     copies = [e for e in copies if "Pinned" in e["name"]]
@@ -134,7 +134,7 @@ def overlap(
 
 
 def together(a: dict, b: dict) -> bool:
-    "Tell whether two events of different streams overlap in time."
+    "Return whether two events of different streams overlap in time."
     if a["args"].get("stream") == b["args"].get("stream"):
         return False
     return a["ts"] < b["ts"] + b["dur"] and b["ts"] < a["ts"] + a["dur"]
