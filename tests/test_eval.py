@@ -717,6 +717,16 @@ def test_report_of_a_run(tmp_path):
         assert outside not in page
 
 
+def test_a_report_says_each_number_of_questions_where_they_differ():
+    few = {"accuracy": 0.5, "low": 0.2, "high": 0.8, "n": 8, "chance": 0.25}
+    chats = [{}, {"tasks": {"T": few}}, {"tasks": {"T": few | {"n": 90}}}]
+    label, *cells = report.task_row("T", chats)
+    assert label == "T (chance 25.0 %)" and "n =" not in cells[0]
+    assert cells[1].endswith("(n = 8)") and cells[2].endswith("(n = 90)")
+    label, *cells = report.task_row("T", [chats[1], chats[1]])
+    assert label == "T (n = 8, chance 25.0 %)" and "n =" not in "".join(cells)
+
+
 def test_report_of_nothing(tmp_path):
     markdown, page = report.write_report(tmp_path)
     assert "No stage has saved anything" in markdown.read_text()
@@ -727,3 +737,18 @@ def test_curves_survive_one_value_and_flat_lines():
     assert "<svg" in report.svg_curve([(0, 1.0), (1, 1.0)], "flat")
     points = report.smooth([(i, 1.0) for i in range(1001)], 200)
     assert len(points) <= 200 and all(y == 1 for _, y in points)
+
+
+def test_a_line_of_chat_eval_has_its_uncertainty_twice():
+    result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "stderr": 0.049, "n": 104}
+    line = chat_eval.task_line("T", result | {"chance": 0.25, "ended": None})
+    assert "95 % interval [40.0, 60.0]  stderr 4.9  n 104  chance 25 %" in line
+
+
+def test_chat_eval_says_what_it_leaves_out_and_guesses_a_name(capsys):
+    config = chat_eval.ChatEvalConfig(tasks="Capitals|Arithmetic")
+    assert list(chat_eval.open_tasks(config)) == ["Capitals", "Arithmetic"]
+    said = capsys.readouterr().out
+    assert "left out: ARC-Easy, " in said and "Capitals" not in said
+    with pytest.raises(UserError, match="did you mean Capitals\\?"):
+        chat_eval.open_tasks(chat_eval.ChatEvalConfig(tasks="capital"))

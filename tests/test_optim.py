@@ -516,3 +516,14 @@ def test_the_fused_step_is_for_gpus_only():
     "The bits of a CPU run stay what they were."
     assert adamw_rule(torch.zeros(2)) is adamw_update
     assert adamw_rule(SimpleNamespace(is_cuda=True)) is adamw_fused
+
+
+def test_the_fused_step_refuses_an_option_that_it_would_ignore():
+    group = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    weights = torch.zeros(2)
+    with pytest.raises(ValueError, match="does not know \\['nesterov'\\]"):
+        adamw_fused(weights, torch.ones(2), {}, group | {"nesterov": True})
+    assert weights.equal(torch.zeros(2))
+    # The groups of a real optimizer hold nothing else.
+    (found,) = AdamW([torch.zeros(2, requires_grad=True)]).param_groups
+    adamw_fused(weights, torch.ones(2), {}, found)

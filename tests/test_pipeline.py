@@ -275,6 +275,16 @@ def test_flags_win_over_the_preset(monkeypatch):
     assert alone.overwrite is True and alone.depth == 5
 
 
+def test_help_shows_the_defaults_of_the_preset(monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_PRESET", "")
+    for preset, size in (("cpu", 2048), ("gpu8", 65_536)):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, "tok_train", f"--preset {preset} --help")
+        assert ended.value.code == 0
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"(default: {size})" in said and f"preset {preset}." in said
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_existing_options(preset, monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRESET", "")  # --preset sets it, for this process

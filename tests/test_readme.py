@@ -10,6 +10,8 @@ import pytest
 
 from nanochat.cli import COMMANDS, SHORT
 from nanochat.common import parse_config
+from nanochat.config import ChatConfig
+from nanochat.tasks.mixtures import open_mixture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -85,3 +87,10 @@ def test_the_changelog_knows_the_version():
     )
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert version and f"## [{version[1]}]" in changes
+
+
+def test_the_readme_counts_the_conversations_of_the_mixture():
+    "A mixture that grew or shrank belongs to another run than the recorded one."
+    training, _ = open_mixture("sft", ChatConfig())
+    said = int(re.search(r"trained on ([\d,]+) short", README)[1].replace(",", ""))
+    assert said <= len(training) < said + 1000

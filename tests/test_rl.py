@@ -17,6 +17,7 @@ from nanochat.functional import cross_entropy
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 from nanochat.rl import (
+    PRACTICE,
     Questions,
     RLConfig,
     Rollout,
@@ -25,7 +26,9 @@ from nanochat.rl import (
     pad_rows,
     policy_loss,
     policy_step,
+    practice_questions,
     roll_out,
+    tell_practice,
     train_rl,
 )
 from nanochat.tasks.common import Task
@@ -424,3 +427,20 @@ def test_impossible_settings_are_user_errors(field):
         replace(CONFIG, **{field: 0})
     with pytest.raises(UserError, match="nothing to compare"):
         RLConfig(num_samples=1)
+
+
+def test_practice_without_a_signal_says_so(capsys, base_dir):
+    results = {"before": {"accuracy": 0.0}, "after": {"accuracy": 0.0}, "seconds": 1.0}
+    tell_practice(results | {"informative": 0.0}, RLConfig(), "d1")
+    assert "nothing was learned" in capsys.readouterr().out
+    tell_practice(results | {"informative": 0.5}, RLConfig(), "d1")
+    tell_practice(results, RLConfig(), "d1")  # of a run before this was counted
+    assert "nothing was learned" not in capsys.readouterr().out
+
+
+def test_what_can_be_practiced_is_one_table():
+    for task in PRACTICE:
+        if task != "GSM8K":  # whose questions are on the hub
+            assert len(practice_questions(task, "test")) > 100
+    with pytest.raises(UserError, match="use one of Arithmetic, GSM8K, SpellingBee"):
+        practice_questions("arithmetic", "train")
