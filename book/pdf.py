@@ -135,7 +135,9 @@ def clean(html: str) -> tuple[str, str]:
     for tag in body.select(NOISE):
         tag.decompose()
     clean_headings(body)
-    for tag in body.select("summary"):  # 'Show code cell source': the PDF shows it anyway
+    for tag in body.select(
+        "summary"
+    ):  # 'Show code cell source': the PDF shows it anyway
         tag.decompose()
     clean_notes(soup, body)
     for tag in body.select("details"):  # folded on the screen, open in the PDF
