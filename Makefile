@@ -1,6 +1,6 @@
 # The commands of this repository; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup test check export book pdf bench records data lock clean
+.PHONY: help setup fast test check export book pdf bench records lock clean
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 # Two cores are shared by many small matrices here: one thread each is the fastest.
 export OMP_NUM_THREADS ?= 1
@@ -17,9 +17,15 @@ help: ## list these targets
 setup: ## make .venv with everything in it; the second time it does nothing
 	@bash dev/setup.sh dev
 
-test: setup ## run every notebook, pytest and cargo test
+# Two tests at a time; those of one file stay together, since they share what it builds.
+PYTEST := python -m pytest -n 2 --dist loadfile
+
+fast: setup ## the quick tests, under a minute: no training, no browser, no processes
+	$(PYTEST) -q -m "not slow"
+
+test: setup ## all tests, the crate's too; `make check` executes the chapters
 	$(CARGO) test -q $(CRATE)
-	python -m pytest
+	$(PYTEST) --durations 20
 
 check: setup book ## what must hold before a commit: linters, export, book, sizes
 	python book/scan.py
@@ -88,9 +94,6 @@ records: setup ## measure again everything under dev/records (hours; times in th
 	python dev/ablate_crate.py --record $(RECORDS)/rustbpe_ablation.md
 	python dev/tokenizer_compression.py --reference-dir $(REFERENCES) \
 	  --record $(RECORDS)/tokenizer_compression.json
-
-data: setup ## make nanochat/data again from its public sources (550 MB)
-	python dev/make_data.py --cache $(HOME)/.cache/nanochat-packages
 
 # What belongs to one version of PyTorch is pinned apart, so that another can be had.
 OF_TORCH := ^(torch==|triton==|setuptools==|nvidia-|cuda-)

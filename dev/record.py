@@ -20,7 +20,7 @@ QUESTIONS = (
     "How do you spell beauty?",
     "Who are you?",
 )
-SAMPLING = {"temperature": 0.0, "top_k": 50, "max_tokens": 48}  # greedy
+SAMPLING = ChatCliConfig(temperature=0.0, top_k=50, max_tokens=48)  # greedy
 
 
 def slim(section: dict) -> dict:
@@ -48,9 +48,11 @@ def interview() -> dict:
     for question in QUESTIONS:
         asked = {"role": "user", "content": question}
         print(f"{question}  ->  ", end="")
-        said = reply(engine, [asked], ChatCliConfig(**SAMPLING))
+        said = reply(engine, [asked], SAMPLING)
         chats.append({"messages": [asked, said]})
-    return {"model": name, **SAMPLING, "conversations": chats}
+    names = ("temperature", "top_k", "max_tokens")
+    sampling = {setting: getattr(SAMPLING, setting) for setting in names}
+    return {"model": name, **sampling, "conversations": chats}
 
 
 def main(target: str) -> None:

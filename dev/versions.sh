@@ -16,7 +16,6 @@ tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(
     tests/test_compile.py tests/test_fp8.py tests/test_attention.py
     tests/test_head.py tests/test_functional.py tests/test_optim_ranks.py
-    tests/test_plan.py tests/test_gpu.py
 )
 
 python=${PYTHON:-$PWD/.venv/bin/python}
@@ -32,4 +31,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
 fi
 "$folder/bin/python" -c 'import sys, torch
 print("Python", sys.version.split()[0], "torch", torch.__version__)'
-"$folder/bin/python" -m pytest -q "${tests[@]}"
+"$folder/bin/python" -m pytest -q -n 2 --dist loadfile "${tests[@]}"

@@ -54,7 +54,12 @@ STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("report", "report", ()),
 )
 ALONE = ("tok_train", "tok_eval", "report")  # commands that use one process
-MAKERS = ("tok_train", "mid_train", "chat_sft", "chat_rl")  # they take --overwrite, too
+MAKERS = (
+    "tok_train",
+    "mid_train",
+    "chat_sft",
+    "chat_rl",
+)  # commands that accept --overwrite
 
 # %% ../nbs/appendix_commands.ipynb #c0ab0037
 def stage_command(

@@ -137,7 +137,7 @@ def check_replaced(
     folder: Path,  # where the tokenizer will be saved
     tokenizer: RustBPETokenizer,  # the new one
 ) -> None:
-    "Raise `UserError` if the folder holds a tokenizer that is not the same."
+    "Raise `UserError` if the folder already has a different tokenizer."
     if not (folder / FILE_NAME).exists():
         return
     before = RustBPETokenizer.from_directory(folder).fingerprint()

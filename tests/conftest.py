@@ -11,7 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # Deceive this process and its children, before anything of the package is imported.
+collect_ignore = ["no_posix"]
 if os.environ.get("NANOCHAT_HIDE_POSIX"):
+    collect_ignore = []
     folder = str(Path(__file__).parent / "no_posix")
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, *before]))

@@ -637,7 +637,9 @@ def test_a_cache_that_may_grow_gives_what_a_large_one_gives():
 
 def test_a_cache_that_may_not_grow_says_what_to_do():
     cache = KVCache(1, 2, 3, 8, 1)
-    with pytest.raises(ValueError, match=r"holds 3 positions, but 4 are needed.*grow=True"):
+    with pytest.raises(
+        ValueError, match=r"holds 3 positions, but 4 are needed.*grow=True"
+    ):
         insert(cache, 0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
     assert not cache.k_cache.any() and cache.get_pos() == 0  # nothing was lost
 

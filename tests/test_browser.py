@@ -37,9 +37,13 @@ from nanochat.server import load_chat_model
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium: install it with `apt-get install chromium`"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="no Chromium: install it with `apt-get install chromium`",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

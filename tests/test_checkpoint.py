@@ -320,6 +320,7 @@ def test_a_resumed_log_repeats_what_the_checkpoint_does_not_know(base_dir):
     assert losses(base_dir) == [0.0, 1.0, 2.0, 9.0]
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
     "The small version of dev/kill_test.py: every file and the log, bit for bit."
@@ -333,6 +334,7 @@ def test_killed_twice_and_resumed_in_base_and_rl(tmp_path):
     assert len(base["sha256"]) == len(rl["sha256"]) == 5  # 3 files, results, log
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_two_ranks_killed_together_or_one_alone_resume_bit_for_bit(tmp_path):
     out = tmp_path / "kill_resume.json"
@@ -348,6 +350,7 @@ def test_two_ranks_killed_together_or_one_alone_resume_bit_for_bit(tmp_path):
     assert base["sha256"].keys() == names and not base["different"]
 
 
+@pytest.mark.slow
 def test_a_save_takes_less_than_a_step(tmp_path):
     "At depth 4 with the batch of the cpu preset, 4,096 tokens."
     model = GPT(model_config(4, 2048, 256))

@@ -28,6 +28,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import model_config
 from nanochat.stage import prepare
 
+pytestmark = pytest.mark.slow  # compiles
+
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(96, 200, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
 LATER = dict(window_pattern="SL", value_embeds=True, stream_scalars=True, qk_scale=1.2)

@@ -23,7 +23,7 @@ USER = {"role": "user", "content": "U"}
 ANSWER = {"role": "assistant", "content": "A"}
 
 
-def say(role: str, content: object) -> dict:
+def say(role: object, content: object) -> dict:
     return {"role": role, "content": content}
 
 
@@ -31,7 +31,7 @@ def part(**fields: object) -> dict:
     return say("assistant", [{"type": "text", "text": "x"}, fields])
 
 
-FAULTY = {
+FAULTY: dict[str, tuple[list, str]] = {
     "nobody": ([], "at least one"),
     "no message": (["hello"], "message 0 needs the keys"),
     "no message later": ([USER, None], "message 1 needs the keys"),

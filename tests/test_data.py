@@ -76,6 +76,7 @@ def test_every_file_is_in_the_manifest_with_its_hash():
         assert name == "LICENSES" or (entry["licence"] and entry["source"]), name
 
 
+@pytest.mark.slow
 def test_sizes():
     total = sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file())
     assert total <= 14_000_000
@@ -97,6 +98,7 @@ def test_parquet_layout():
         assert meta.num_rows == MANIFEST["files"][f"pretrain/{path.name}"]["rows"]
 
 
+@pytest.mark.slow
 def test_pretraining_text_is_clean():
     texts = [t for path in SHARDS for t in read_texts(path)]
     assert len(set(texts)) == len(texts)
@@ -137,6 +139,7 @@ def test_no_test_question_is_trained_on(name):
     assert asked["test"] and asked["train"].isdisjoint(asked["test"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["capitals", "definitions"])
 def test_held_out_wordings_ask_for_known_facts(name):
     answers = {}

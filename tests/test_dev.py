@@ -86,6 +86,7 @@ def test_the_makefile_remakes_every_record():
             assert f'"{option}"' in source, f"{script} has no {option}"
 
 
+@pytest.mark.slow
 def test_the_compression_of_a_tokenizer(tmp_path):
     file = tmp_path / "record.json"
     run("tokenizer_compression", "--tiny", "--record", file)
@@ -99,6 +100,7 @@ def test_the_compression_of_a_tokenizer(tmp_path):
     assert all(1 <= row["ours 2,048"] < 5 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_the_model_bench(tmp_path):
     file = tmp_path / "record.json"
     said = run("bench_model", "--tiny", "--record", file)
@@ -111,6 +113,7 @@ def test_the_model_bench(tmp_path):
     assert loss["plain_seconds"] > 0 and loss["chunked_peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_the_optimizer_bench(tmp_path):
     file = tmp_path / "record.json"
     run("bench_optim", "--tiny", "--record", file)
@@ -124,6 +127,7 @@ def test_the_optimizer_bench(tmp_path):
             assert method["largest difference"] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_tokenizer_bench_of_our_crate_alone(tmp_path):
     file = tmp_path / "record.md"
     run("bench_tokenizers", "--tiny", "--record", file)
@@ -146,6 +150,7 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
             assert old not in text or old in new
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
 def test_two_variants_of_the_crate(tmp_path):
     file = tmp_path / "record.md"
@@ -157,6 +162,7 @@ def test_two_variants_of_the_crate(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_attention_maps(base_model, tmp_path):
     shutil.copytree(base_model.parent, tmp_path / "rl_checkpoints")
     file = tmp_path / "maps.json"
@@ -174,6 +180,7 @@ def test_the_attention_maps(base_model, tmp_path):
     assert found["calls"]["questions"] == 3
 
 
+@pytest.mark.slow
 def test_the_record_of_a_speedrun(base_model, tmp_path):
     file = tmp_path / "record.json"
     run("record", file)
@@ -197,6 +204,7 @@ def test_the_record_of_a_speedrun(base_model, tmp_path):
     assert asked == list(load("record").QUESTIONS)
 
 
+@pytest.mark.slow
 def test_the_scaling_law(tmp_path):
     file = tmp_path / "record.json"
     run("scaling", "--tiny", "--record", file)
@@ -208,6 +216,7 @@ def test_the_scaling_law(tmp_path):
     assert all(3 < loss < 7 for point in points for loss in point["losses"])
 
 
+@pytest.mark.slow
 def test_the_vocabulary_study(tmp_path):
     file = tmp_path / "record.json"
     run("vocab_study", "--tiny", "--record", file)
@@ -231,6 +240,7 @@ def short_race(monkeypatch, tmp_path, tokenizer):
     return race
 
 
+@pytest.mark.slow
 def test_a_runner_of_the_race(short_race, tmp_path):
     for name, recipe in short_race.RECIPES.items():
         recipe = recipe | {"steps": 2, "rate": 0.004, "curve": True}

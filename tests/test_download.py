@@ -324,6 +324,7 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_a_file_once(serve, tmp_path):
     server = serve([("drip", HASHED), ("drip", HASHED)])
     processes = [other(server, tmp_path) for _ in range(2)]
@@ -334,6 +335,7 @@ def test_two_processes_fetch_a_file_once(serve, tmp_path):
     assert server.ranges("x") == [None] and only(tmp_path, "x")
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock_and_its_bytes_are_used(serve, tmp_path):
     server = serve([("stall", HASHED)])
     killed, waiting = other(server, tmp_path), other(server, tmp_path)

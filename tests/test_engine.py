@@ -494,6 +494,7 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads, kv_heads, fields", SHAPES[2:])
 def test_a_compiled_step_gives_the_same(compiler, monkeypatch, heads, kv_heads, fields):
     monkeypatch.setattr(decode, "SPAN", 16)
@@ -504,6 +505,7 @@ def test_a_compiled_step_gives_the_same(compiler, monkeypatch, heads, kv_heads, 
     assert compiler["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_many_sizes_may_be_compiled(compiler):
     model = tiny_model(n_layer=1)
     with torch._dynamo.config.patch(recompile_limit=1):

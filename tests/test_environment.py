@@ -9,6 +9,8 @@ import pytest
 
 from nanochat.cli import COMMANDS
 
+pytestmark = pytest.mark.slow  # runs hundreds of commands
+
 ROOT = Path(__file__).parents[1]
 
 # What each command is told; without a model most can only say that there is none.

@@ -117,6 +117,7 @@ def test_every_weight_arrives(folder):
     assert torch.equal(weights["lm_head.weight"], model.lm_head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_transformers_computes_the_same_logits(tmp_path, kind):
     other = {"rope_base": 1e5, "softcap": 20.0, "mlp_ratio": 3}
@@ -130,6 +131,7 @@ def test_a_transformers_computes_the_same_logits(tmp_path, kind):
         check_same_logits(theirs, load_foreign(tmp_path)[0])
 
 
+@pytest.mark.slow
 def test_a_transformers_generates_the_same(folder):
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer, ours = tiny_tokenizer(), random_model()
@@ -590,7 +592,9 @@ def test_c_a_july_model_is_adopted_trained_and_not_exported(home, tmp_path):
     again(ids, ids).backward()
     optimizer.step()
     assert all(not torch.equal(p, before[n]) for n, p in again.named_parameters())
-    with pytest.raises(UserError, match=r"smear=True, backout=True: this model cannot be exported"):
+    with pytest.raises(
+        UserError, match=r"smear=True, backout=True: this model cannot be exported"
+    ):
         export_hf(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -766,6 +770,7 @@ def test_d_unknown_sizes_are_refused(tmp_path):
 # ---- (e) the command
 
 
+@pytest.mark.slow
 def test_e_import_then_chat(home, tmp_path, command):
     other = nanochat_folder(tmp_path / "nanochat", random_model("mha"))
     done = command("import_model", f"--folder={other}")

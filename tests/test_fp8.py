@@ -200,6 +200,7 @@ def trained(seed: int, eight: bool) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_training_stays_within_the_spread_of_seeds():
     def last(seed: int, eight: bool) -> float:
         return sum(trained(seed, eight)[-10:]) / 10
@@ -211,6 +212,7 @@ def test_training_stays_within_the_spread_of_seeds():
     assert 0 < apart < spread and max(rounded) < 3.0 < trained(0, True)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gradients_are_the_eager_ones(dtype, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
@@ -258,6 +260,7 @@ def test_it_is_an_option_that_older_runs_did_not_have(kind):
         begin(kind(fp8=True, device="cpu"))
 
 
+@pytest.mark.slow
 def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
     monkeypatch.setattr(stage, "fp8_works", lambda device: "")
     tiny |= {"depth": 2, "num_iterations": 3}
@@ -271,6 +274,7 @@ def test_a_stage_trains_with_it(base_dir, tiny, monkeypatch, capsys):
     assert "12 linear layers" in said and "slower" in said
 
 
+@pytest.mark.slow
 def test_what_it_adds_to_the_memory_is_planned(base_dir, tiny, monkeypatch):
     monkeypatch.setattr(stage, "fp8_works", lambda device: "")
     planned = []

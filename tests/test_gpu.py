@@ -17,7 +17,8 @@ from gpu_sections.pipeline import spread
 from gpu_sections.speed import sort_kernels
 from gpu_sections.waiting import overlap
 
-pytestmark = pytest.mark.posix  # it runs its sections as groups of processes
+# It runs its sections as groups of processes, for minutes.
+pytestmark = [pytest.mark.posix, pytest.mark.slow]
 
 MAY_SKIP = {}  # section -> why; none has a reason to where the developer's packages are
 

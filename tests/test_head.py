@@ -122,6 +122,7 @@ def test_bfloat16_stream_keeps_a_float32_gradient_of_the_head():
         assert (a - b).norm() < 0.02 * b.norm() + 1e-6
 
 
+@pytest.mark.slow
 def test_memory_is_at_most_a_quarter_of_the_naive_loss():
     "At B*T = 2,048 and V = 32,768; `make bench` measures 8,192 and 65,536."
     args = (*inputs(2048, 64, 32_768), 15.0, "mean")
@@ -146,6 +147,7 @@ def test_first_loss_is_the_logarithm_of_the_vocabulary():
         assert loss == pytest.approx(math.log(vocab), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_model_compiles_as_one_graph_with_the_same_gradients(monkeypatch):
     "No graph break in the step: neither the default model's nor with all options on."
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)

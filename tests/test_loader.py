@@ -97,6 +97,7 @@ def every_stream(folder, world, streams, shape, steps, **options):
     return found
 
 
+@pytest.mark.slow
 @WORLDS
 @few
 @given(st.data())
@@ -159,6 +160,7 @@ def pieces(row: list[int]) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @WORLDS
 @few
 @given(st.data())
@@ -249,6 +251,7 @@ def speed(work, tokens: int) -> float:
     return tokens / min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best_fit", [False, True])
 def test_loader_is_20_times_faster_than_the_d4_model(tokenizer, best_fit):
     B, T = 4, 256

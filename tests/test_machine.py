@@ -35,6 +35,7 @@ print("imported", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_training_can_be_imported_on_a_bare_machine():
     program = f"MISSING = {MISSING!r}\n" + BLOCK
     names = TRAINS.split()

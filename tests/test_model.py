@@ -358,6 +358,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.fixed_dictionaries({}, optional=CONFIGS))
 def test_a_config_is_refused_or_makes_a_model_of_the_told_size(fields):
@@ -385,9 +386,21 @@ def test_a_config_is_refused_or_makes_a_model_of_the_told_size(fields):
 @pytest.mark.parametrize(
     ("ids", "targets", "message"),
     [
-        ([[0, V]], None, f"token ids run from 0 to {V}, but the model knows 0 to {V - 1}"),
-        ([[-1, 5]], None, f"token ids run from -1 to 5, but the model knows 0 to {V - 1}"),
-        ([[0, 1]], [[2, V]], f"target ids run from 2 to {V}, but the model knows -1 to"),
+        (
+            [[0, V]],
+            None,
+            f"token ids run from 0 to {V}, but the model knows 0 to {V - 1}",
+        ),
+        (
+            [[-1, 5]],
+            None,
+            f"token ids run from -1 to 5, but the model knows 0 to {V - 1}",
+        ),
+        (
+            [[0, 1]],
+            [[2, V]],
+            f"target ids run from 2 to {V}, but the model knows -1 to",
+        ),
         ([[0, 1]], [[-2, 0]], "target ids run from -2 to 0, but the model knows -1 to"),
     ],
 )
@@ -610,6 +623,7 @@ def test_rows_and_padding_do_not_touch_with_options(fields):
 # ---- Operations and bytes, against counters that know nothing of our formulas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [*EACH, *WINDOWS])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_decode_and_prefill_flops_are_the_counters(fields, kv_heads):
@@ -687,6 +701,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_training_memory_is_what_a_profiler_sees(step):
     layers, width, kv_heads, rows, length, vocab, micro_batches, fields = step

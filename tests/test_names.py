@@ -207,6 +207,7 @@ def test_the_module_of_the_report_generates_and_resets(monkeypatch, capsys):
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["nanochat.report", "nanochat.dataset"])
 def test_modules_that_nanochat_runs_do_something(module, tmp_path):
     done = subprocess.run(
@@ -227,6 +228,7 @@ def test_download_takes_nanochats_options(line, monkeypatch):
     assert asked == [(240, 4, "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["nanochat", "scripts"])
 def test_base_loss_is_base_eval_without_core(way, monkeypatch, capsys, base_model):
     words = ["--eval-tokens=256", "--bigram-chars=0"]

@@ -15,6 +15,8 @@ from nanochat.config import OptimConfig
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import setup_optimizer
 
+pytestmark = pytest.mark.slow  # starts ranks
+
 ROOT = Path(__file__).parents[1]
 STEPS = 4
 # name -> (ranks, ranks of the run whose state is loaded; 0: a fresh start)

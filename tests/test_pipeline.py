@@ -89,6 +89,7 @@ def fresh(tmp_path, monkeypatch):
     return tmp_path / "base"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_every_command_runs(fresh, monkeypatch, capsys, tmp_path):
     for stage, flags in PIPELINE:
@@ -303,6 +304,7 @@ def test_the_lab_fits_five_minutes_and_fetches_nothing(monkeypatch):
         make_plan(plan.model, chat.device_batch_size, chat.total_batch_size, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("preset", ["gpu-lab", "gpu1"])

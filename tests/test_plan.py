@@ -223,6 +223,7 @@ def ask(command):
     return partial(command, "plan")
 
 
+@pytest.mark.slow
 def test_the_command_answers_in_a_table_and_in_json(ask):
     told = ask("--depth=20", "--gpus=8", "--gpu=h100", "--json=True")
     facts = json.loads(told.stdout.splitlines()[-1])
@@ -264,6 +265,7 @@ def write_record(monkeypatch, tmp_path):
     return lambda record: (tmp_path / "gpu.json").write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 def test_a_measured_card_is_planned_by_its_measurement(write_record, ask):
     write_record(invented_record())
     gpu = measured_gpu("h100")
@@ -342,6 +344,7 @@ def test_chapters_show_a_record_or_say_that_there_is_none(write_record, capsys):
     assert [line.strip() for line in lines[4:]] == ["levers: ok", "lever", "no mask"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -359,6 +362,7 @@ def test_the_command_refuses_nonsense_in_one_line(ask, options, message):
     assert "Traceback" not in told.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_holds_what_was_planned():
     "Eight ranks in one process: sizes of the real objects, and what they send."
     config = BaseConfig(depth=20, device_batch_size=16, world=8, dry_run=True)
@@ -415,6 +419,7 @@ def test_a_dry_run_refuses_what_training_refuses(wrong):
         walk(replace(config, **wrong), 512)
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_tokenizer_and_refuses_what_does_not_divide(
     command, tmp_path
 ):

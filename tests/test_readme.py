@@ -62,6 +62,7 @@ def test_links_lead_to_files(file):
     assert missing == []
 
 
+@pytest.mark.slow
 def test_commands_and_their_options_exist(monkeypatch):
     text = "\n\n".join([README, *PROSE])
     lines = re.findall(r"`(nanochat \w[^`\n]*)`", README)

@@ -235,6 +235,7 @@ def test_steps_deal_all_prompts_before_repeating():
 # ---- learning, resuming, ranks
 
 
+@pytest.mark.slow
 def test_practice_raises_the_reward():
     model = tiny_model()
     config = replace(CONFIG, num_steps=16, num_samples=32)
@@ -348,6 +349,7 @@ def rank_main(rank, world, port, folder):
     compute_cleanup()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
     mp.spawn(rank_main, (2, free_port(), str(tmp_path)), nprocs=2)
     a, b = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
@@ -400,6 +402,7 @@ def rank_weights(rank, world, port, folder):
     compute_cleanup()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(tmp_path):
     records, weights = policy_weights()
     assert all(0 < r["informative"] for r in records)  # there is something to learn

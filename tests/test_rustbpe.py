@@ -195,6 +195,7 @@ def test_a_million_of_one_kind(text):
     assert trainer.decode(ids) == long
 
 
+@pytest.mark.slow
 def test_training_on_a_text_without_blanks():
     "A script without blanks has chunks of any length; a merge visits places, not chunks."
     rng = random.Random(0)

@@ -232,6 +232,7 @@ def test_the_event_loop_answers_while_the_model_works():
             assert read(lines)[-1]["done"]
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_refused():
     engine = SlowEngine(tiny_engine().model, tiny_engine().tokenizer)
     body = ask(max_tokens=4000)
@@ -284,6 +285,7 @@ def at_base(base, command):
     return partial(command, NANOCHAT_BASE_DIR=str(base))
 
 
+@pytest.mark.slow
 def test_chat_cli_holds_a_conversation(at_base):
     lines = ["Hello there", *["some more words"] * 4, "/clear", "x " * 300, "", "/quit"]
     args = "--max-tokens=8", "--seed=1", "--device=cpu"
@@ -295,12 +297,14 @@ def test_chat_cli_holds_a_conversation(at_base):
     assert "\x1b" not in done.stdout and "<|" not in done.stdout
 
 
+@pytest.mark.slow
 def test_chat_cli_answers_once(at_base):
     args = "-p", "Hello", "--source=sft", "--max-tokens=4", "--seed=1", "--device=cpu"
     done = at_base("chat_cli", *args)
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_says_the_same(base):
     args = "-p", "Hello", "--max-tokens=4", "--temperature=0", "--device=cpu"
     plain = in_a_new_process(base, "scripts.chat_cli", *args)
@@ -313,6 +317,7 @@ def test_a_compiled_engine_says_the_same(base):
     assert drop(fixed.stdout) == plain.stdout != fixed.stdout
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_line_and_exit_2(at_base):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -322,6 +327,7 @@ def test_a_port_in_use_is_one_line_and_exit_2(at_base):
     assert str(port) in done.stderr and "--port" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_model_is_one_line_and_exit_2(command, tmp_path):
     base = {"NANOCHAT_BASE_DIR": str(tmp_path)}
     done = command("chat_cli", "-p", "Hello", "--device=cpu", **base)

@@ -53,6 +53,7 @@ def test_another_setting_is_named(base_model, tiny):
         pretrain(other)
 
 
+@pytest.mark.slow
 def test_another_parent_is_named(base_model, base_dir, tiny):
     chat = ChatConfig(
         device_batch_size=2, total_batch_size=128, num_iterations=2, eval_tokens=128,
@@ -116,6 +117,7 @@ def test_a_corpus_without_validation_is_found_before_the_first_step(
 # ---- what is kept
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_comes_before_the_last_measurement(
     base_dir, tiny, monkeypatch
 ):
@@ -136,6 +138,7 @@ def test_the_last_checkpoint_comes_before_the_last_measurement(
     assert results["val_bpb"] > 0 and after["sha256"] == before["sha256"]
 
 
+@pytest.mark.slow
 def test_each_run_has_its_own_log(base_dir, tiny):
     short = {**tiny, "save_every": 4}
     pretrain(BaseConfig(**short, tag="a"))
@@ -148,6 +151,7 @@ def test_each_run_has_its_own_log(base_dir, tiny):
 # ---- which model is chosen
 
 
+@pytest.mark.slow
 def test_the_deepest_model_is_found_by_its_configuration(base_dir, tiny):
     pretrain(BaseConfig(**{**tiny, "num_iterations": 1}, tag="d9"))
     deep = {**tiny, "num_iterations": 1, "depth": 2}

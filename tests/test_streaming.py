@@ -45,6 +45,7 @@ def test_streams_share_the_rows_without_overlap(folder):
     assert min(map(len, dealt)) > 60
 
 
+@pytest.mark.slow
 def test_a_later_epoch_has_its_own_order_and_a_cursor_continues_it(folder):
     whole = list(iter_documents("train", data=folder, epochs=2))
     first = [text for text, at in whole if at[0] == 0]

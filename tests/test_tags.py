@@ -65,6 +65,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, option, rest", COMMANDS)
 def test_an_odd_tag_gives_one_line_and_touches_nothing(
     place, monkeypatch, capsys, script, option, rest

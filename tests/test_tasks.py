@@ -151,6 +151,7 @@ def calculations(task):
     return found
 
 
+@pytest.mark.slow
 def test_arithmetic_splits_never_share_a_calculation():
     test = Arithmetic("test", 1000)
     assert len(calculations(test)) == 1000  # all different
@@ -349,6 +350,7 @@ def test_f1_is_symmetric_and_bounded(a, b):
     assert 0 <= token_f1(a, b) == token_f1(b, a) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_humaneval_grades_by_running():
     # The programs are known here, so a machine without a room can run them as well.

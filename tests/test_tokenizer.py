@@ -99,6 +99,7 @@ def test_slow_twin_and_rust_learn_the_same(docs, merges):
     assert pairs == list(train_bpe(docs, 256 + merges).items())
 
 
+@pytest.mark.slow
 @given(TEXTS)
 @example("<|bos|><|user_start|>")
 @example("x" * 1000 + " " * 1000 + "\n" * 50)
@@ -386,6 +387,7 @@ def test_copies_and_pickles_encode_the_same(tok):
         assert twin.token_bytes().equal(tok.token_bytes())
 
 
+@pytest.mark.slow
 def test_another_process_gets_the_tokenizer(tok):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(encode_elsewhere, (tok, "naïve cats"))
@@ -736,6 +738,7 @@ def test_importing_a_pickle(tok, tmp_path, monkeypatch):
         tok_train.train_tokenizer(tok_train.TokTrainConfig(pickle="nowhere.pkl"))
 
 
+@pytest.mark.slow
 def test_fuzz():
     "A few of the strings of dev/fuzz_tokenizer.py, which has run on a million."
     fuzz = runpy.run_path(str(Path(__file__).parents[1] / "dev" / "fuzz_tokenizer.py"))

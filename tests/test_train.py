@@ -179,6 +179,7 @@ def test_accumulation_equals_the_large_batch():
     assert abs(sum(naive) / 3 - want["loss"][0]) > 1e-3  # a mean of means is another
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_the_large_batch(tmp_path):
     "The loss that each rank tells is the mean over all ranks; the gradients add up."
     mp.spawn(steps_on_rank, (tmp_path,), nprocs=2)
@@ -207,6 +208,7 @@ def go(model, batches, **options) -> tuple[list[dict], Run]:
     return [json.loads(line) for line in log.read_text().splitlines()], run
 
 
+@pytest.mark.slow
 def test_a_step_without_trained_tokens_changes_nothing(base_dir):
     nothing = random_batch(1)
     nothing.targets.fill_(-1)
@@ -224,6 +226,7 @@ def test_a_step_without_trained_tokens_changes_nothing(base_dir):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_log_and_progress_tell_the_same(base_dir, capsys):
     bpb = [(2, lambda: {"val_bpb": 1.25})]
     options = {"evaluators": bpb, "flops_per_token": 1e6, "peak": 1e10}
@@ -240,6 +243,7 @@ def test_log_and_progress_tell_the_same(base_dir, capsys):
     assert "mfu" not in rows[0]  # on a CPU no peak is known
 
 
+@pytest.mark.slow
 def test_the_norm_is_logged_and_clipped(base_dir):
     batches = [random_batch(i) for i in range(3)]
     free, short = tiny_model(), tiny_model()
@@ -254,6 +258,7 @@ def test_the_norm_is_logged_and_clipped(base_dir):
     assert clipped[2]["grad_norm"] != rows[2]["grad_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["weight", "gradient"])
 def test_what_is_not_finite_stops_before_the_weights_change(
@@ -299,6 +304,7 @@ def test_what_is_not_finite_stops_before_the_weights_change(
     assert batch["cursor"] == {"documents": 2}
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_one_line_at_the_command_line(
     base_dir, tiny, monkeypatch, capsys
 ):
@@ -316,6 +322,7 @@ def test_a_diverged_run_is_one_line_at_the_command_line(
     assert "last checkpoint: none" in said
 
 
+@pytest.mark.slow
 def test_no_garbage_is_collected_in_the_loop(base_dir):
     "Only at evaluations and checkpoints, and as before afterwards."
     seen = []
@@ -350,6 +357,7 @@ def test_no_garbage_is_collected_in_the_loop(base_dir):
     assert gc.isenabled() == was and gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_the_loop_gives_garbage_collection_back_when_it_fails():
     with pytest.raises(KeyError), train.quiet_gc():
         assert not gc.isenabled() and gc.get_freeze_count() > 0
@@ -402,6 +410,7 @@ def test_a_step_waits_for_the_device_once(base_dir, monkeypatch, ranks, clip):
     assert [t.shape for t in listed] == [(3,)] * 3
 
 
+@pytest.mark.slow
 def test_deterministic_is_an_option(base_dir, tiny, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     main(BaseConfig(**tiny, tag="plain"))
@@ -449,6 +458,7 @@ run_cli(main, BaseConfig, "base_train")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["raise", "hang", "nan"])
 def test_one_failing_rank_ends_all_with_its_own_error(base_dir, tiny, tmp_path, kind):
@@ -496,6 +506,7 @@ def test_streams_do_not_depend_on_ranks(tokenizer, monkeypatch):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_resume_equals_uninterrupted_bit_for_bit(base_dir, tiny, monkeypatch):
     main(BaseConfig(**tiny, tag="whole"))
     reference = losses(base_dir)
@@ -513,6 +524,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(base_dir, tiny, monkeypatch):
     assert weights_hash(parts) == weights_hash(parts.with_name("whole"))
 
 
+@pytest.mark.slow
 def test_kill_then_resume(base_dir, tiny):
     "A process killed without warning leaves whole checkpoints and a run that continues."
     tiny |= {"num_iterations": 400, "save_every": 5}
@@ -557,6 +569,7 @@ def run_ranks(base: Path, ranks: int, tiny: dict, tag: str = "") -> list[float]:
     return losses(base)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_ranks_train_like_one(base_dir, tiny):
     tiny |= {"num_iterations": 20, "depth": 2}
@@ -567,6 +580,7 @@ def test_two_ranks_train_like_one(base_dir, tiny):
     assert len(list(folder.glob("optimizer_*_of_00002.safetensors"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 @pytest.mark.timeout(240)
 def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
@@ -599,6 +613,7 @@ def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
 def test_another_number_of_ranks_continues_with_the_same_text(
@@ -624,6 +639,7 @@ def test_another_number_of_ranks_continues_with_the_same_text(
     assert len(found) == 12
 
 
+@pytest.mark.slow
 def test_dtype_is_an_option(base_dir, tiny):
     main(BaseConfig(**tiny, tag="full"))
     full = losses(base_dir)
@@ -636,6 +652,7 @@ def test_dtype_is_an_option(base_dir, tiny):
         main(BaseConfig(**tiny, tag="none", dtype="float8"))
 
 
+@pytest.mark.slow
 def test_compile_is_an_option_on_the_cpu(base_dir, tiny, monkeypatch):
     "Twice: the small model that is compared with eager, then the real one."
     called = []

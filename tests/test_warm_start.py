@@ -47,6 +47,7 @@ def state_file(folder):
     return folder / "step_000008" / "optimizer_00000_of_00001.safetensors"
 
 
+@pytest.mark.slow
 def test_a_warm_start_has_the_parents_averages_and_the_stages_rates(
     base_model, monkeypatch
 ):
@@ -64,6 +65,7 @@ def test_a_warm_start_has_the_parents_averages_and_the_stages_rates(
     assert not any(cold.parts[kind].state for kind in cold.parts)
 
 
+@pytest.mark.slow
 def test_resuming_a_warm_start_equals_not_stopping(base_model, base_dir, monkeypatch):
     folders = {t: base_dir / "mid_checkpoints" / t for t in ("whole", "parts", "cold")}
     main(ChatConfig(**OPTIONS, tag="whole"))
@@ -83,6 +85,7 @@ def test_resuming_a_warm_start_equals_not_stopping(base_model, base_dir, monkeyp
     assert ends["cold"] != ends["whole"]
 
 
+@pytest.mark.slow
 def test_state_that_is_missing_damaged_or_of_another_shape_is_refused(base_model):
     file = state_file(base_model)
     kept = shutil.copy(file, file.with_suffix(".kept"))

@@ -38,7 +38,10 @@ JOURNEY = [
     ("nanochat export_hf --folder=out", "out"),
 ]
 
-pytestmark = pytest.mark.skipif(not shutil.which("cargo"), reason="there is no cargo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("cargo"), reason="there is no cargo"),
+]
 
 
 @pytest.fixture(scope="module")
