@@ -157,9 +157,7 @@ def table(results: dict[str, list], size: float) -> list[str]:
 def main() -> None:
     "Measure, print the table and save it if asked to."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--repeats", type=int, default=9, help="processes per variant"
-    )
+    parser.add_argument("--repeats", type=int, default=9, help="processes per variant")
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--tiny", action="store_true", help="two variants, little text")
     options = parser.parse_args()

@@ -358,7 +358,9 @@ if __name__ == "__main__":
         default=str(Path(tempfile.gettempdir()) / "ablation"),
         help="folder for the tokenizer and finished runs, which a second call reuses",
     )
-    parser.add_argument("--only", nargs="*", default=[], help="names of variants; none: all")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names of variants; none: all"
+    )
     parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -339,9 +339,7 @@ def main(data: str, repeats: int, record: str, tiny: bool = False) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="embedded", help="embedded, or a path")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="processes per rival"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="processes per rival")
     parser.add_argument("--record", default="", help="file for the table")
     parser.add_argument("--tiny", action="store_true", help="our crate, little text")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)

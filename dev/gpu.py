@@ -248,14 +248,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=420, help="time limit for everything"
     )
-    parser.add_argument("--only", default="", metavar="NAME,...", help="run only these sections")
+    parser.add_argument(
+        "--only", default="", metavar="NAME,...", help="run only these sections"
+    )
     parser.add_argument(
         "--list", action="store_true", help="list the sections and exit"
     )
-    parser.add_argument("--tiny", action="store_true", help="use small models, on the CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use small models, on the CPU"
+    )
     parser.add_argument("--record", type=Path, help="JSON file for the results")
     options = parser.parse_args(argv)
-    if options.record is None and not options.tiny:  # which must not be taken for a GPU's
+    if (
+        options.record is None and not options.tiny
+    ):  # which must not be taken for a GPU's
         options.record = RECORD
     return options
 

@@ -53,7 +53,9 @@ def measure(tiny: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, default=BASELINE)
-    parser.add_argument("--tiny", action="store_true", help=f"8 steps instead of {STEPS}")
+    parser.add_argument(
+        "--tiny", action="store_true", help=f"8 steps instead of {STEPS}"
+    )
     options = parser.parse_args()
     found = measure(options.tiny)
     print(json.dumps(found, indent=1))

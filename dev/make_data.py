@@ -1408,7 +1408,9 @@ def install(made: Path, out: Path) -> None:
     "Replace the old files with the new ones."
     # Check again: building takes minutes, in which files may have been added.
     if not is_replaceable(out):
-        raise SystemExit(f"{out} has changed in the meantime: nothing there was touched")
+        raise SystemExit(
+            f"{out} has changed in the meantime: nothing there was touched"
+        )
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(made, out)
 

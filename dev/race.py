@@ -324,7 +324,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "race"))
     parser.add_argument("--record", default="", help="JSON file for the results")
-    parser.add_argument("--workers", type=int, default=2, help="number of simultaneous runs")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="number of simultaneous runs"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -134,7 +134,9 @@ def run(rank: int, world: int, folder: str, case: tuple[int, int, str]) -> None:
 
 def measure(worlds: list[int], steps: int, padding: int, dtype: str) -> list[dict]:
     "Train on each number of ranks and compare with the first."
-    setup_optimizer(build(padding, DTYPES[dtype])).step()  # imports everything once, for all forks
+    setup_optimizer(
+        build(padding, DTYPES[dtype])
+    ).step()  # imports everything once, for all forks
     found = []
     first: dict = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--padding", type=int, default=64, help="multiple to which the vocabulary is padded")
+    parser.add_argument(
+        "--padding",
+        type=int,
+        default=64,
+        help="multiple to which the vocabulary is padded",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float64")
     record = ROOT / "dev" / "records" / "ranks.json"
     parser.add_argument("--out", type=Path, default=record)

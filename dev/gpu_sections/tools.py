@@ -129,7 +129,9 @@ def require_memory(scale: Scale, needed: float, what: str) -> None:  # bytes
     "Skip a measurement that would not fit, before it fails halfway."
     free = free_bytes(scale)
     if needed > 0.97 * free:
-        raise Skip(f"{what} needs {needed / GIB:.1f} GiB, but {free / GIB:.1f} are free")
+        raise Skip(
+            f"{what} needs {needed / GIB:.1f} GiB, but {free / GIB:.1f} are free"
+        )
 
 
 # ---- Errors
