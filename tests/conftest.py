@@ -44,6 +44,13 @@ TINY = dict(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "A test that trains a model first is slow, whatever it does with it."
+    for item in items:
+        if "base_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def tiny() -> dict:
     "Options of a pretraining run that takes about a second."

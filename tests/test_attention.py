@@ -134,6 +134,7 @@ def compiled(f):
 SHARES = [(4, 4), (4, 2), (4, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 @pytest.mark.parametrize("name", ["", "blocks", "sdpa", "mask", "twin"])
 @pytest.mark.parametrize("window", [0, 1, 20, 500])

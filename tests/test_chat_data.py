@@ -148,6 +148,7 @@ def test_a_batch_without_a_trained_token_does_no_harm(tokenizer):
     assert steps[2][0] == 0 and not steps[2][1].any()
 
 
+@pytest.mark.slow
 def test_own_conversations_join_and_too_long_ones_are_reported(
     base_model, base_dir, capsys
 ):

@@ -153,6 +153,7 @@ def prepared(folder: Path, trained, case: str) -> int:
     return 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["next", "replaced"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
 def test_a_save_that_fails_anywhere_loses_nothing(
@@ -194,6 +195,7 @@ def test_a_save_that_fails_anywhere_loses_nothing(
     assert wanted <= set(failures)
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 @pytest.mark.parametrize("case", ["next", "replaced"])
 def test_a_process_killed_anywhere_in_a_save_loses_nothing(
@@ -259,6 +261,7 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_damage_is_found_and_the_earlier_checkpoint_gives_the_same_end(
     two_steps, tiny, capsys, damage
@@ -295,6 +298,7 @@ def test_every_bit_of_the_description_counts(tmp_path, trained):
             pass
 
 
+@pytest.mark.slow
 def test_when_nothing_is_whole_it_says_so(two_steps, tiny):
     for step in two_steps.glob("step_*"):
         flip(step / "model.safetensors")

@@ -652,7 +652,7 @@ def test_the_room_is_asked_for_before_anything_is_computed(monkeypatch, capsys):
         chat_eval.open_tasks(ChatEvalConfig(tasks="Arithmetic|HumanEval"))
     names = list(chat_eval.open_tasks(ChatEvalConfig()))
     assert names == [name for name in chat_eval.TASKS if name != "HumanEval"]
-    assert capsys.readouterr().out == "skipping HumanEval: no room\n"
+    assert capsys.readouterr().out.endswith("skipping HumanEval: no room\n")
     unsafe = chat_eval.open_tasks(ChatEvalConfig(tasks="HumanEval", unsafe_code=True))
     assert unsafe["HumanEval"].unsafe
     monkeypatch.setattr(execution, "room_problem", lambda: "")

@@ -25,6 +25,7 @@ PART = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("NANOCHAT_HIDE_POSIX" in os.environ, reason="it is hidden")
 def test_a_part_of_the_suite_passes_without_posix():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

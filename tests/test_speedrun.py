@@ -12,6 +12,8 @@ import pytest
 from nanochat import speedrun
 from nanochat.speedrun import MAKERS, STAGES, SpeedrunConfig
 
+pytestmark = pytest.mark.slow  # waits for signals
+
 # Says when it listens, writes a line for each signal, and ends a second after the last.
 STAGE = """
 import signal, sys, time

@@ -664,6 +664,7 @@ def test_compile_is_an_option_on_the_cpu(base_dir, tiny, monkeypatch):
     assert called[0].config.vocab_size < called[1].config.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_on_the_cpu_learns_the_same(base_dir, tiny, monkeypatch):

@@ -47,6 +47,7 @@ def test_planted_mistakes_are_found(tmp_path):
     assert "Found 3 errors" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_stub_is_compared_with_the_compiled_crate(tmp_path):
     stub = (ROOT / "rustbpe.pyi").read_text()
