@@ -26,8 +26,8 @@ from itertools import islice
 
 import pytest
 
-from nanochat.config import BaseConfig
-from nanochat.dataset import iter_documents
+# What imports PyTorch is imported where it is used: the process that only hands tests to
+# others need not wait for it.
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -60,6 +60,7 @@ def tiny() -> dict:
 @pytest.fixture(scope="session")
 def tokenizer():
     "A tokenizer of 400 tokens, trained on forty documents."
+    from nanochat.dataset import iter_documents
     from nanochat.tokenizer import RustBPETokenizer
 
     texts = (text for text, _ in islice(iter_documents("train"), 40))
@@ -78,6 +79,7 @@ def base_dir(tmp_path, monkeypatch, tokenizer):
 @pytest.fixture
 def base_model(base_dir, tiny):
     "The folder of a tiny pretrained model, `d1`."
+    from nanochat.config import BaseConfig
     from nanochat.stage import pretrain
 
     pretrain(BaseConfig(**tiny))

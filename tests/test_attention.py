@@ -155,6 +155,7 @@ def test_kernels_of_this_machine_equal_the_twin(name, window, dtype, monkeypatch
             close(graded(compiled(f), inputs), twin, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cudnn", "flash2"])
 def test_asking_pytorch_for_a_kernel_changes_no_result(name, monkeypatch):
     "The same lines run on the CPU, where PyTorch has one kernel for both."
@@ -216,6 +217,7 @@ def flash_on_cpu():
     machine.library._destroy()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_VARLEN, reason="varlen_attn has windows since 2.11")
 @pytest.mark.parametrize(
     "queries, window", [(40, 0), (40, 7), (1, 7), (12, 7), (12, 0)]
@@ -552,6 +554,7 @@ def test_the_choice_is_said_once_for_each_kind_of_call(monkeypatch, capsys):
     assert len(told) == 4
 
 
+@pytest.mark.slow
 def test_what_only_a_gpu_reaches_is_one_graph_too(monkeypatch, capsys):
     "PyTorch's choice narrowed for reading, and the line that says the choice."
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)

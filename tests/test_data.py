@@ -108,6 +108,7 @@ def test_pretraining_text_is_clean():
         assert all(c == "\n" or 32 <= ord(c) < 0x180 for c in text)
 
 
+@pytest.mark.slow
 def test_validation_is_disjoint_from_train(train_ngrams):
     for text in read_texts(VALIDATION):
         assert train_ngrams.isdisjoint(ngrams(text)), text[:200]

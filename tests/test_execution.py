@@ -14,6 +14,8 @@ from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import MAX_FILES, MAX_PROCESSES, execute_code, room_problem
 
+pytestmark = pytest.mark.slow  # starts hundreds of processes
+
 ROOT = Path(__file__).resolve().parents[1]
 LINUX = sys.platform.startswith("linux")
 needs_room = pytest.mark.skipif(bool(room_problem()), reason=room_problem() or "room")

@@ -249,6 +249,7 @@ def test_a_failed_write_leaves_the_earlier_weights(tmp_path, monkeypatch):
 # ---- (b) from a Hugging Face folder to us
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", ["50GB", "300KB"])

@@ -181,6 +181,7 @@ def test_streaming_decoder_is_pythons(data):
     assert tokenizer.decode_bytes(list(data)) == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a", "^", " ", "\n", "ab", "漢", "é", "1", "'s"])
 def test_a_million_of_one_kind(text):
     "Far below a second each; ten times as long takes not much more than ten times."

@@ -174,6 +174,7 @@ def test_batches_prepend_append(tok):
     assert tok.encode([]) == [] and tok.encode("") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
 @pytest.mark.parametrize("around", [("", ""), ("a", "b"), ("!", "!"), ("1", " x")])
 def test_a_million_spaces(tok, space, around):
@@ -690,6 +691,7 @@ def test_openai_vocabularies(name, size, ids):
 # ------------------------------------------------------- ways out, ways in
 
 
+@pytest.mark.slow
 def test_other_libraries_give_the_same_ids(tok):
     "1,500 pieces of real text through tiktoken and Hugging Face's tokenizers."
     texts = [text for text, _ in iter_documents("train")] + DOCS
