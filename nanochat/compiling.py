@@ -183,6 +183,7 @@ def compile_model(
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         print0("compile: TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled")
         return model
+    print0("compile: checking the compiler on a small model (a minute or two on a CPU)")
     device = model.get_device()
     options: dict[str, Any] = {"mode": mode, "backend": backend}
     same: dict[str, Any] = {

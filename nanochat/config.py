@@ -71,7 +71,7 @@ class TextConfig(TrainConfig):
     warmdown_ratio: float = 0.2  # fraction of the steps spent on warmdown
     final_lr_frac: float = 0.0  # final learning rate as a fraction of the peak
     eval_tokens: int = idle(10_485_760)  # validation tokens per evaluation
-    compile: bool | None = idle(None)  # use torch.compile; None: on GPUs only
+    compile: bool | None = idle(None)  # torch.compile of the model; None: on GPUs
     fp8: bool = False  # FP8 matrix products in the blocks (H100 or newer)
 
 # %% ../nbs/06_training_process.ipynb #95a44f06

@@ -370,10 +370,8 @@ def train_rl(
     with log, StopSignal() as stop:
         for step in range(start, config.num_steps):
             record = policy_step(engine, optimizer, questions, config, step)
-            results["seconds"] += record["seconds"]
-            results["informative"] = (
-                results.get("informative", 0) + record["informative"]
-            )
+            for name in ("seconds", "informative"):
+                results[name] = results.get(name, 0.0) + record[name]
             if is_due(step + 1, config.eval_every):
                 record |= examine(engine, held_out, config)
             log.write(step=step, **record)
@@ -480,6 +478,7 @@ def tell_practice(results: dict[str, Any], config: RLConfig, tag: str) -> None:
         print0(f"{name:10} {100 * before[name]:6.1f} % -> {100 * after[name]:6.1f} %")
         facts[f"{name}_before"] = before[name]
         facts[f"{name}_after"] = after[name]
+    # Where all replies to a question are equally good, there is no gradient.
     if results.get("informative") == 0:
         print0(
             "nothing was learned: no question had both right and wrong replies; "

@@ -462,7 +462,7 @@ def set_dial(page, depth: int, vocab: int, context: int, rows: int, *rest) -> No
     for label, value in [
         ("Vocabulary V", vocab),
         ("Context T", context),
-        ("Rows of a batch B", rows),
+        ("Rows per batch B", rows),
         ("Micro-batches", micro),
         ("Ranks", ranks),
     ]:

@@ -376,9 +376,14 @@ def test_a_dry_run_holds_what_was_planned():
         assert calls == 5  # two tables, three shapes of matrices
         assert params <= moved < 1.1 * params  # 20 matrices do not divide by 8
     assert found["collectives"]["allreduce"][1] < 100  # a count and a loss
+
+
+def test_a_dry_run_changes_with_dtype_and_ranks():
+    config = BaseConfig(depth=4, device_batch_size=16, world=8, dry_run=True)
+    found = walk(config, 65_536)
     full = walk(replace(config, dtype="float32"), 65_536)
-    assert full["planned"]["activations"] > 1.8 * told["activations"]
-    assert full["weights"] == params  # in float32 either way
+    assert full["planned"]["activations"] > 1.8 * found["planned"]["activations"]
+    assert full["weights"] == found["weights"]  # in float32 either way
     alone = walk(replace(config, world=1), 65_536)
     assert not {"reduce_scatter_base", "allgather_base"} & alone["collectives"].keys()
     assert found["optimizer"] < 1.1 * alone["optimizer"] / 8

@@ -96,7 +96,7 @@ def test_state_that_is_missing_damaged_or_of_another_shape_is_refused(base_model
     state = load_file(kept)
     momentum = next(k for k in state if k.endswith("/momentum"))
     save_file(state | {momentum: torch.ones(3, 3)}, file)
-    with pytest.raises(UserError, match=r"\(3, 3\) is not"):
+    with pytest.raises(UserError, match=r"has shape \(3, 3\), not"):
         redescribe(base_model / f"step_{step:06d}")
         main(ChatConfig(**OPTIONS))
     file.unlink()

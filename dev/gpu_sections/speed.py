@@ -284,7 +284,7 @@ def levers(scale: Scale, report: Report) -> None:
     for name in window_kernels(scale, report):
         change = partial(set_kernel, name=name)
         lever(f"windows by {name}", scale, report, wrap=change, pattern="S")
-    with patch.object(adamw, "adamw_rule", lambda p: adamw.adamw_update):
+    with patch.object(adamw, "adamw_rule", lambda *_: adamw.adamw_update):
         lever("AdamW line by line", scale, report)
     for power in scale.pick((26, 27, 29, 30), (10,)):
         with patch.dict(head.CHUNK, {scale.device.type: 2**power}):
