@@ -53,7 +53,7 @@ def test_the_record_answers_where_there_is_no_chat_model(closing, base_model):
     told = tell(closing, {"chat": {"model": "old-d3", "conversations": chats}})
     assert "no chat model of yours" in told and "old-d3" in told
     assert "nanochat: [37+48 = 85] It is 85.\n    Whoever" in told
-    assert told.count("has won") == told.count("has lost") == 1
+    assert told.count("you won") == told.count("you lost") == 1
 
 
 def test_the_readers_own_model_is_asked(closing, base_model):
