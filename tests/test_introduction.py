@@ -52,7 +52,7 @@ def test_the_record_answers_where_there_is_no_chat_model(closing, base_model):
     chats = [{"messages": messages}, {"messages": other}]
     told = tell(closing, {"chat": {"model": "old-d3", "conversations": chats}})
     assert "no chat model of yours" in told and "old-d3" in told
-    assert "nanochat: [37+48 = 85] It is 85.\n    Whoever" in told
+    assert "nanochat: [37+48 = 85] It is 85.\n    If you" in told
     assert told.count("you won") == told.count("you lost") == 1
 
 
