@@ -119,6 +119,10 @@ def room_command() -> list[str]:  # prefix for a program's command
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID"]
         command += ["--cap-add", "CAP_SETGID"]
 
+    # The only place to write: a small folder in memory. It comes first, because what the
+    # program can see may lie in the real /tmp, such as a virtual environment there.
+    command += ["--perms", "1777", "--size", str(MAX_FILES), "--tmpfs", "/tmp"]
+
     # What the program can see, and its environment.
     command += ["--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "PATH"]
     command += [os.defpath, "--setenv", "LANG", "C.UTF-8"]
@@ -130,9 +134,6 @@ def room_command() -> list[str]:  # prefix for a program's command
         command += ["--ro-bind", path, path]
     for path in devices:
         command += ["--dev-bind", path, path]
-
-    # The only place to write: a small folder in memory.
-    command += ["--perms", "1777", "--size", str(MAX_FILES), "--tmpfs", "/tmp"]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 # %% ../nbs/08_implementation_details.ipynb #5a0c1e05

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +14,13 @@ import pytest
 
 from nanochat import execution
 from nanochat.common import UserError
-from nanochat.execution import MAX_FILES, MAX_PROCESSES, execute_code, room_problem
+from nanochat.execution import (
+    MAX_FILES,
+    MAX_PROCESSES,
+    execute_code,
+    room_problem,
+    visible_folders,
+)
 
 pytestmark = pytest.mark.slow  # starts hundreds of processes
 
@@ -189,7 +197,29 @@ print(json.dumps(total))
 @needs_room
 def test_each_program_finds_an_empty_room():
     program = "print(json.dumps(os.listdir('/tmp'))); open('/tmp/left', 'w').close()"
-    assert report(program) == report(program) == []
+    found = report(program)
+    assert report(program) == found
+    # If this Python is installed below /tmp, the way to it is there, and nothing else.
+    python = [Path(folder).parts for folder in visible_folders()]
+    assert set(found) <= {parts[2] for parts in python if parts[:2] == ("/", "tmp")}
+
+
+@pytest.mark.posix
+@needs_room
+def test_packages_that_are_installed_below_tmp_are_there(tmp_path, monkeypatch):
+    "A virtual environment in /tmp is read-only in the room, which has a /tmp of its own."
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        (folder / "in_tmp.py").write_text("answer = 42")
+        seen = [*visible_folders(), str(folder)]
+        monkeypatch.setattr(execution, "visible_folders", lambda: seen)
+        program = f"import sys; sys.path.append({str(folder)!r}); import in_tmp"
+        assert report(f"{program}; print(in_tmp.answer)") == 42
+        write = f"open({str(folder / 'left')!r}, 'w')"
+        assert "OSError" in execute_code(write).error
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.posix
