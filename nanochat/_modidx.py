@@ -100,6 +100,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat.attention.block_spans': ('attention_mechanism.html#block_spans', 'nanochat/attention.py'),
                                     'nanochat.attention.check_kernel': ('attention_mechanism.html#check_kernel', 'nanochat/attention.py'),
                                     'nanochat.attention.choose_kernel': ('attention_mechanism.html#choose_kernel', 'nanochat/attention.py'),
+                                    'nanochat.attention.constant_when_compiled': ( 'attention_mechanism.html#constant_when_compiled',
+                                                                                   'nanochat/attention.py'),
                                     'nanochat.attention.copy_prefix': ('attention_mechanism.html#copy_prefix', 'nanochat/attention.py'),
                                     'nanochat.attention.examine': ('attention_mechanism.html#examine', 'nanochat/attention.py'),
                                     'nanochat.attention.gated': ('attention_mechanism.html#gated', 'nanochat/attention.py'),

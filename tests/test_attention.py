@@ -1,5 +1,6 @@
 """Attention's kernels and its cache: the fallback, windows, growth, positions."""
 
+import subprocess
 import sys
 import types
 
@@ -19,6 +20,7 @@ from nanochat.attention import (
     attend_in_blocks,
     attend_plainly,
     choose_kernel,
+    constant_when_compiled,
     insert,
     kernel_works,
     misfit,
@@ -676,3 +678,13 @@ def test_training_and_reading_agree():
         trained = attend(*(x.requires_grad_() for x in inputs), None, window)
         torch.testing.assert_close(trained, read, rtol=1e-5, atol=1e-6)
         assert type(trained.grad_fn).__name__ == "BlockAttentionBackward"
+
+
+@pytest.mark.slow
+def test_the_mark_of_a_constant_is_pytorchs():
+    "Ours does not load the compiler, which every command would have to wait for."
+    ours = vars(constant_when_compiled(lambda: 1))
+    assert ours == vars(torch.compiler.assume_constant_result(lambda: 1)) and ours
+    code = "import sys, nanochat.stage; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
