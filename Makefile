@@ -20,7 +20,7 @@ setup: ## make .venv with everything in it; the second time it does nothing
 # Two tests at a time; those of one file stay together, since they share what it builds.
 PYTEST := python -m pytest -n 2 --dist loadfile
 
-fast: setup ## the quick tests, under a minute: no training, no browser, no processes
+fast: setup ## the quick tests, about a minute: no training, no browser, no processes
 	$(PYTEST) -q -m "not slow"
 
 test: setup ## all tests, the crate's too; `make check` executes the chapters
