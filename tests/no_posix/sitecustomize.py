@@ -22,6 +22,7 @@ import builtins
 import fcntl
 import io
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -220,6 +221,8 @@ def hide() -> None:
     "Deceive our code from now on."
     builtins.__import__ = import_without
     builtins.open = io.open = open_with_newlines
+    if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 keeps a reference of its own
+        pathlib._NormalAccessor.open = staticmethod(open_with_newlines)
     os.fsync = flush
     sys.addaudithook(refuse)
 
