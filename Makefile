@@ -23,12 +23,13 @@ PYTEST := python -m pytest -n 2 --dist loadfile
 fast: setup ## the quick tests, about a minute: no training, no browser, no processes
 	$(PYTEST) -q -m "not slow"
 
-test: setup ## all tests, the crate's too; `make check` executes the chapters
+test: setup ## all tests, the crate's too, but those that build things: see check
 	$(CARGO) test -q $(CRATE)
-	$(PYTEST) --durations 20
+	$(PYTEST) --durations 20 -m "not build"
 
-check: setup book ## what must hold before a commit: linters, export, book, sizes
+check: setup book ## what must hold before a commit: book, export, builds, linters
 	python book/scan.py
+	$(PYTEST) -q -m build
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
 	mypy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # compiles the crate
+pytestmark = [pytest.mark.slow, pytest.mark.build]  # compiles the crate
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = ROOT / "nbs" / "10_rust_implementation.ipynb"

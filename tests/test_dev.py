@@ -155,6 +155,7 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
 def test_two_variants_of_the_crate(tmp_path, run):
     file = tmp_path / "record.md"
