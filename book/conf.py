@@ -24,6 +24,7 @@ author = "The nanochat book authors"
 copyright = "2026, " + author
 extensions = [
     "myst_nb",
+    "plain",
     "sphinx_external_toc",
     "sphinx_multitoc_numbering",
     "sphinx_design",
@@ -87,12 +88,16 @@ myst_enable_extensions = [
     "deflist",
     "dollarmath",
 ]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
+myst_heading_slug_func = "plain.slug"
+myst_ref_domains = ["std"]  # an equation has a target of its own
 bibtex_bibfiles = [str(HERE / "references.bib")]
 bibtex_default_style = "author_year"
 bibtex_reference_style = "author_year"
 numfig = True
+numfig_format = {"figure": "Figure %s"}
 math_numfig = True
+numfig_format = {"figure": "Figure %s"}
 numfig_secnum_depth = 1
 math_eqref_format = "Eq. ({number})"
 
