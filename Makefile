@@ -41,6 +41,7 @@ export: setup ## notebooks to nanochat/*.py, formatted and cleaned
 	ruff format -q nbs
 	nbdev-export
 	nbdev-clean
+	python book/bibliography.py
 
 book: setup ## execute the chapters and render them to book/_build/html
 	$(SPHINX) nbs $(BUILD)/html

@@ -24,7 +24,7 @@ author = "The nanochat book authors"
 copyright = "2026, " + author
 extensions = [
     "myst_nb",
-    "plain",
+    "plain_pages",
     "sphinx_external_toc",
     "sphinx_multitoc_numbering",
     "sphinx_design",

@@ -20,11 +20,10 @@ import json
 import re
 from pathlib import Path
 
-from docutils import nodes
-from sphinx.transforms import SphinxTransform
-
 ANCHOR = re.compile(r'<a id="([\w.-]+)"></a>\s*')
-CAPTION = re.compile(r'(?s)\s*<a id="([\w.-]+)"></a>\s*\*\*Figure ([\w.]+)\.\*\*\s*(.*)')
+CAPTION = re.compile(
+    r'(?s)\s*<a id="([\w.-]+)"></a>\s*\*\*Figure ([\w.]+)\.\*\*\s*(.*)'
+)
 EXERCISE = re.compile(r"### (Exercise [\w.]+\b.*)")
 SOLUTION = re.compile(r"### Solution [\w.]+\b.*")
 QUOTE = re.compile(r"> \*\*([^*]+)[.:]\*\*\s*(.*)")
@@ -79,6 +78,7 @@ class Translator:
         "Translate what begins on the next line."
         line = self.next_line()
         if found := ANCHOR.match(line):
+            # What follows on the same line, such as the text of a work, is next.
             self.done.append(f"({found[1]})=")
             self.lines[0] = line[found.end() :]
             if not self.lines[0]:
@@ -152,10 +152,11 @@ def with_old_labels(cells: list) -> None:
         return
     first = cells[0]["source"].split("\n")[0]
     known = {}
-    for chapter in json.loads(LABELS.read_text("utf-8")).values():
+    for chapter in json.loads(LABELS.read_text("utf-8"))["chapters"].values():
         if chapter["title"] == first:
             known = {heading: label for label, heading in chapter["labels"].items()}
 
+    # One label above each heading; headings with the same words have none.
     def labeled(found: re.Match) -> str:
         label = known.get(found[2])
         return f"({label})=\n{found[0]}" if label else found[0]
@@ -173,35 +174,3 @@ def translate(notebook) -> None:
         if cell.cell_type == "markdown":
             cell.source = to_myst(cell.source)
     with_old_labels(notebook.cells)
-
-
-class FoldSolutions(SphinxTransform):
-    "Turn each section with a solution, its code and outputs included, into a folded box."
-
-    default_priority = 400
-
-    def apply(self) -> None:
-        for section in list(self.document.findall(nodes.section)):
-            title = section.next_node(nodes.title)
-            if title is None or not SOLUTION.match("### " + title.astext()):
-                continue
-            folded = nodes.admonition(classes=["dropdown", "solution"])
-            for key in ("ids", "names"):
-                folded[key] = section[key]
-            for name in section["ids"]:
-                self.document.ids[name] = folded
-            folded += section.children
-            section.replace_self(folded)
-
-
-def read_page(app, docname, source) -> None:
-    "Translate a page that is no notebook."
-    if app.env.doc2path(docname).endswith(".md"):
-        source[0] = to_myst(source[0])
-
-
-def setup(app):
-    "Register the two hooks above."
-    app.connect("source-read", read_page)
-    app.add_transform(FoldSolutions)
-    return {"parallel_read_safe": True}
