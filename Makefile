@@ -38,6 +38,7 @@ check: setup book ## what must hold before a commit: linters, export, book, size
 	python dev/check.py
 
 export: setup ## notebooks to nanochat/*.py, formatted and cleaned
+	python dev/markup.py
 	ruff format -q nbs
 	nbdev-export
 	nbdev-clean

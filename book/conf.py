@@ -106,6 +106,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
@@ -121,6 +122,7 @@ if tags.has("pdf"):  # type: ignore[name-defined]  # noqa: F821 (Sphinx puts it 
     html_theme = "basic"
     html_theme_options = {}
     html_css_files = []
+    html_js_files = []
     html_sidebars: dict = {}
     html_permalinks = False
 

@@ -1,11 +1,12 @@
 """Check the notebooks' Markdown: plain, numbered in order, every link leading somewhere.
 
-    python dev/markup.py            number figures, equations and exercises anew
+    python dev/markup.py            put numbers in order and fold code; `make export` runs it
 
 A chapter is read in JupyterLab, on GitHub, on the site and on paper, so it is written in
 Markdown that all four understand; book/_ext/plain.py says what the site makes of it. Who
 inserts a figure, an equation or an exercise gives it any unused number, such as 7.99; the
-command above puts the numbers in order, in the links to them as well.
+command above puts the numbers in order, in the links to them as well. It also tells
+JupyterLab which cells to fold: those that the site folds, and all code of solutions.
 """
 
 import json
@@ -13,7 +14,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "nbs"
@@ -147,8 +147,8 @@ def numbers_are_in_order() -> list[str]:
     return [f"{problem}: {remedy}" for problem in problems]
 
 
-def renumber(file: Path, right: dict[Path, dict[str, str]]) -> None:
-    "Write a notebook with the right numbers."
+def renumber(text: str, file: Path, right: dict[Path, dict[str, str]]) -> str:
+    "Return a cell of Markdown with the right numbers."
 
     def thing(found: re.Match) -> str:
         at = found.start("number") - found.start()
@@ -161,14 +161,7 @@ def renumber(file: Path, right: dict[Path, dict[str, str]]) -> None:
         words = f"{found[1].split()[0]} {number}"
         return f"[{words}]({found[2]}#{found[3]})"
 
-    # Written as `make export` leaves it, so that nothing else changes.
-    notebook = json.loads(file.read_text("utf-8"))
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown":
-            text = LINK.sub(link, NUMBERED.sub(thing, source(cell)))
-            cell["source"] = text.splitlines(keepends=True)
-    text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
-    file.write_text(text + "\n", encoding="utf-8")
+    return LINK.sub(link, NUMBERED.sub(thing, text))
 
 
 # ---- Links
@@ -229,31 +222,45 @@ def figures_have_captions() -> list[str]:
     return problems
 
 
-def solutions_of(file: Path) -> tuple[set[str], set[str], list[dict[str, Any]]]:
-    "Return the exercises, the solutions, and the code of the solutions."
-    asked = {a[3:] for a, kind, _ in numbered(file) if kind == "exercise"}
-    solved = {a[4:] for a, kind, _ in numbered(file) if kind == "solution"}
-    inside = False
-    code = []
-    for cell in cells(file):
+def folds(directives: dict[str, str], solved: bool) -> dict[str, bool]:
+    "Return what JupyterLab is told to hide of a cell: what the site hides or folds."
+    said = {*directives} | {f"{key}={value}" for key, value in directives.items()}
+    code = {"hide", "hide_input", "code-fold=true", "echo=false"} & said
+    output = {"hide", "hide_output"} & said
+    hidden = {"source_hidden": bool(code), "outputs_hidden": bool(output)}
+    return {key: True for key, value in hidden.items() if value or solved}
+
+
+def folded(all_cells: list[dict]) -> Iterator[tuple[dict, dict[str, bool]]]:
+    "Yield each cell of code, and what of it should be hidden."
+    solved = False
+    for cell in all_cells:
         if cell["cell_type"] == "markdown":
             heads = HEADING.findall(source(cell))
-            inside = heads[-1].startswith("Solution ") if heads else inside
-        elif inside:
-            code.append(cell)
-    return asked, solved, code
+            solved = heads[-1].startswith("Solution ") if heads else solved
+        elif cell["cell_type"] == "code":
+            directives, _ = split_directives(source(cell))
+            yield cell, folds(directives, solved)
 
 
-def solutions_are_folded() -> list[str]:
-    "Each exercise has a solution at the end, which nobody sees without asking."
+def code_is_folded() -> list[str]:
+    "JupyterLab folds what the site folds, and the code and outputs of solutions."
     problems = []
     for file in converted():
-        asked, solved, code = solutions_of(file)
+        for cell, hidden in folded(cells(file)):
+            if cell["metadata"].get("jupyter", {}) != hidden:
+                place = f"{file.name} [{cell['id']}]"
+                problems.append(f"{place}: run python dev/markup.py to fold it")
+    return problems
+
+
+def exercises_have_solutions() -> list[str]:
+    "Each exercise has a solution at the end, whose text is folded."
+    problems = []
+    for file in converted():
+        asked = {a[3:] for a, kind, _ in numbered(file) if kind == "exercise"}
+        solved = {a[4:] for a, kind, _ in numbered(file) if kind == "solution"}
         problems += [f"{file.name}: ex-{x} and sol-{x}" for x in asked ^ solved]
-        for cell in code:
-            hidden = cell["metadata"].get("jupyter", {})
-            if hidden != {"source_hidden": True, "outputs_hidden": True}:
-                problems.append(f"{file.name} [{cell['id']}]: fold this solution")
         for name, text in prose(file):
             for part in re.split(r"(?m)^(?=### Solution)", text)[1:]:
                 if "<details>" not in part or "</details>" not in part:
@@ -266,16 +273,29 @@ CHECKS = [
     numbers_are_in_order,
     every_link_leads_somewhere,
     figures_have_captions,
-    solutions_are_folded,
+    code_is_folded,
+    exercises_have_solutions,
 ]
 
 
 def main() -> None:
-    "Number everything anew."
+    "Number everything anew, and fold code."
     right = {file: right_numbers(file) for file in converted()}
     for file in right:
-        if file.suffix == ".ipynb":
-            renumber(file, right)
+        if file.suffix == ".md":
+            continue
+        notebook = json.loads(file.read_text("utf-8"))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                text = renumber(source(cell), file, right)
+                cell["source"] = text.splitlines(keepends=True)
+        for cell, hidden in folded(notebook["cells"]):
+            cell["metadata"].pop("jupyter", None)
+            cell["metadata"] |= {"jupyter": hidden} if hidden else {}
+
+        # As `make export` leaves a notebook, so that nothing else changes.
+        text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

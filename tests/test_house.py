@@ -168,12 +168,20 @@ def test_what_is_wrong_in_a_chapter_is_found(changes, complaint, tmp_path, monke
     assert any(complaint in problem for problem in found) or not complaint
 
 
-def test_a_solution_that_is_open_is_found(tmp_path, monkeypatch):
+def test_code_that_jupyter_does_not_fold_is_found_and_folded(tmp_path, monkeypatch):
     monkeypatch.setattr(markup, "NOTEBOOKS", tmp_path)
-    file = write_chapter(tmp_path)
+    file = write_chapter(tmp_path, code="#| code-fold: true\n" + SAMPLE["code"])
     file.write_text(file.read_text().replace('"outputs_hidden": true', '"x": 1'))
-    (problem,) = complaints()
-    assert "fold this solution" in problem
+    assert [problem.split("]")[0] for problem in complaints()] == [
+        "03_sample.ipynb [code",
+        "03_sample.ipynb [hidden",
+    ]
+    markup.main()
+    assert complaints() == []
+    cells = {cell["id"]: cell for cell in json.loads(file.read_text())["cells"]}
+    assert cells["code"]["metadata"]["jupyter"] == {"source_hidden": True}
+    assert markup.folds({"hide": ""}, False) == markup.folds({}, True)
+    assert markup.folds({"hide_output": ""}, False) == {"outputs_hidden": True}
 
 
 def test_numbers_are_put_in_order_with_the_links_to_them(tmp_path, monkeypatch):
