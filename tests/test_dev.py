@@ -23,6 +23,7 @@ TESTED = {  # scripts whose smallest case has a test elsewhere
     "gpu": "test_gpu",
     "gpu_baseline": "test_gpu",
     "kill_test": "test_checkpoint",
+    "markup": "test_house",
     "ranks": "test_optim_ranks",
 }
 
@@ -68,6 +69,24 @@ def test_every_script_is_run_somewhere():
         else:
             calls = rf'(run|load)\("{name}"'
             assert re.search(calls, here), f"{script}: no test runs it"
+
+
+def test_cells_that_cannot_run_twice_are_found(tmp_path):
+    assert "appendix_notation.ipynb: 0" in run("twice", "nbs/appendix_notation.ipynb")
+    twice = load("twice")
+    file = tmp_path / "a.ipynb"
+    for code, told in [
+        (["xs = [1]", "xs.pop()"], ["a.ipynb [c1] run 2: IndexError"]),
+        (["1 / 0", "xs.pop()"], ["a.ipynb [c0] run 1: ZeroDivisionError"]),
+        (["#| eval: false\n1 / 0", "#| notest\n1 / 0", "#| hide", "1"], []),
+    ]:
+        made = [
+            {"cell_type": "code", "id": f"c{i}", "source": [text]}
+            for i, text in enumerate(code)
+        ]
+        file.write_text(json.dumps({"cells": made}), "utf-8")
+        found = [problem.rpartition(":")[0] for problem in twice.twice(file)]
+        assert [x.partition("Error")[0] + "Error" for x in found] == told
 
 
 def test_the_makefile_remakes_every_record():
