@@ -25,11 +25,8 @@ from plain import CAPTION, slug
 UNCONVERTED = {
     "01_introduction",
     "02_mathematical_foundations",
-    "03_tokenization",
     "04_transformer_architecture",
-    "05_attention_mechanism",
     "06_training_process",
-    "10_rust_implementation",
 }
 
 RAW = {  # what JupyterLab and GitHub would show as it stands: its pattern
