@@ -48,6 +48,7 @@ NUMBERED = re.compile(
     r'(?ms)^<a id="(?P<id>[\w.-]+)"></a>\s*(?:\*\*(?=Figure)|### (?=Exercise|Solution)|(?=\$\$))'
     r"(?:(?P<kind>Figure|Exercise|Solution) |\$\$(?:(?!\$\$).)*?\\tag\{)(?P<number>\d+\.\d+|\d+)"
 )
+COLLAPSED = "jp-MarkdownHeadingCollapsed"  # JupyterLab's name for a folded section
 REFERENCE = re.compile(r"(?i)(figure|equation|exercise|solution) (\d+\.\d+|\d+)")
 
 
@@ -228,24 +229,33 @@ def folds(directives: dict[str, str], solved: bool) -> dict[str, bool]:
     return {key: True for key, value in hidden.items() if value or solved}
 
 
-def folded(all_cells: list[dict]) -> Iterator[tuple[dict, dict[str, bool]]]:
-    "Yield each cell of code, and what of it should be hidden."
+def folded(all_cells: list[dict]) -> Iterator[tuple[dict, dict]]:
+    "Yield each cell with the metadata that it should have for JupyterLab."
     solved = False
     for cell in all_cells:
         if cell["cell_type"] == "markdown":
             heads = HEADING.findall(source(cell))
             solved = heads[-1].startswith("Solution ") if heads else solved
+            # Running a cell shows its outputs, but not below a heading that is collapsed.
+            yield cell, {COLLAPSED: True} if solved and heads else {}
         elif cell["cell_type"] == "code":
             directives, _ = split_directives(source(cell))
-            yield cell, folds(directives, solved)
+            hidden = folds(directives, solved)
+            yield cell, {"jupyter": hidden} if hidden else {}
+
+
+def folding(cell: dict) -> dict:
+    "Return what a cell's metadata tells JupyterLab."
+    keys = {"jupyter", COLLAPSED} & cell.get("metadata", {}).keys()
+    return {key: cell["metadata"][key] for key in keys}
 
 
 def code_is_folded() -> list[str]:
     "JupyterLab folds what the site folds, and the code and outputs of solutions."
     problems = []
     for file in converted():
-        for cell, hidden in folded(cells(file)):
-            if cell["metadata"].get("jupyter", {}) != hidden:
+        for cell, right in folded(cells(file)):
+            if folding(cell) != right:
                 place = f"{file.name} [{cell['id']}]"
                 problems.append(f"{place}: run python dev/markup.py to fold it")
     return problems
@@ -286,9 +296,10 @@ def main() -> None:
             if cell["cell_type"] == "markdown":
                 text = renumber(source(cell), file, right)
                 cell["source"] = text.splitlines(keepends=True)
-        for cell, hidden in folded(notebook["cells"]):
-            cell["metadata"].pop("jupyter", None)
-            cell["metadata"] |= {"jupyter": hidden} if hidden else {}
+        for cell, right_folding in folded(notebook["cells"]):
+            for key in folding(cell):
+                del cell["metadata"][key]
+            cell["metadata"] |= right_folding
 
         # As `make export` leaves a notebook, so that nothing else changes.
         text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)

@@ -127,6 +127,8 @@ def write_chapter(folder: Path, **changes: str) -> Path:
             cell["cell_type"] = "code"
             hidden = {"source_hidden": True, "outputs_hidden": True}
             cell["metadata"] = {"jupyter": hidden} if name == "hidden" else {}
+        if text.startswith('<a id="sol-'):
+            cell["metadata"] = {"jp-MarkdownHeadingCollapsed": True}
         cells.append(cell)
     file = folder / "03_sample.ipynb"
     file.write_text(json.dumps({"cells": cells}), "utf-8")
