@@ -275,7 +275,7 @@ def make(made: Path) -> None:
     "Write a folder as make_data.py does."
     make_data = load("make_data")
     (made / "chat").mkdir(parents=True)
-    (made / "chat" / "identity.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (made / "chat" / "identity.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n')
     make_data.make_manifest(made, {"validation": "none"}, {}, {})
 
 
