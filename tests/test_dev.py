@@ -23,6 +23,7 @@ TESTED = {  # scripts whose smallest case has a test elsewhere
     "gpu": "test_gpu",
     "gpu_baseline": "test_gpu",
     "kill_test": "test_checkpoint",
+    "markup": "test_house",
     "ranks": "test_optim_ranks",
 }
 
@@ -35,12 +36,16 @@ def load(name: str):
     return module
 
 
-def run(name: str, *arguments) -> str:
-    "Run a script as a user does; return what it says."
-    command = [sys.executable, str(DEV / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(script):
+    "Return a function that runs a script as a user does and returns what it says."
+
+    def call(name: str, *arguments) -> str:
+        done = script(f"dev/{name}.py", *map(str, arguments))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return call
 
 
 def outline(value):
@@ -66,6 +71,24 @@ def test_every_script_is_run_somewhere():
             assert re.search(calls, here), f"{script}: no test runs it"
 
 
+def test_cells_that_cannot_run_twice_are_found(tmp_path):
+    assert "appendix_notation.ipynb: 0" in run("twice", "nbs/appendix_notation.ipynb")
+    twice = load("twice")
+    file = tmp_path / "a.ipynb"
+    for code, told in [
+        (["xs = [1]", "xs.pop()"], ["a.ipynb [c1] run 2: IndexError"]),
+        (["1 / 0", "xs.pop()"], ["a.ipynb [c0] run 1: ZeroDivisionError"]),
+        (["#| eval: false\n1 / 0", "#| notest\n1 / 0", "#| hide", "1"], []),
+    ]:
+        made = [
+            {"cell_type": "code", "id": f"c{i}", "source": [text]}
+            for i, text in enumerate(code)
+        ]
+        file.write_text(json.dumps({"cells": made}), "utf-8")
+        found = [problem.rpartition(":")[0] for problem in twice.twice(file)]
+        assert [x.partition("Error")[0] + "Error" for x in found] == told
+
+
 def test_the_makefile_remakes_every_record():
     text = (ROOT / "Makefile").read_text("utf-8")
     table = dict(re.findall(r"^#   (\S+\.\w+) +((?:python|bash) \S+) ", text, re.M))
@@ -87,7 +110,7 @@ def test_the_makefile_remakes_every_record():
 
 
 @pytest.mark.slow
-def test_the_compression_of_a_tokenizer(tmp_path):
+def test_the_compression_of_a_tokenizer(tmp_path, run):
     file = tmp_path / "record.json"
     run("tokenizer_compression", "--tiny", "--record", file)
     found = json.loads(file.read_text("utf-8"))
@@ -101,7 +124,7 @@ def test_the_compression_of_a_tokenizer(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_model_bench(tmp_path):
+def test_the_model_bench(tmp_path, run):
     file = tmp_path / "record.json"
     said = run("bench_model", "--tiny", "--record", file)
     found = json.loads(file.read_text())
@@ -114,7 +137,7 @@ def test_the_model_bench(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_optimizer_bench(tmp_path):
+def test_the_optimizer_bench(tmp_path, run):
     file = tmp_path / "record.json"
     run("bench_optim", "--tiny", "--record", file)
     found = json.loads(file.read_text())
@@ -128,7 +151,7 @@ def test_the_optimizer_bench(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_bench_of_our_crate_alone(tmp_path):
+def test_the_tokenizer_bench_of_our_crate_alone(tmp_path, run):
     file = tmp_path / "record.md"
     run("bench_tokenizers", "--tiny", "--record", file)
     table = file.read_text("utf-8")
@@ -151,8 +174,9 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
-def test_two_variants_of_the_crate(tmp_path):
+def test_two_variants_of_the_crate(tmp_path, run):
     file = tmp_path / "record.md"
     run("ablate_crate", "--tiny", "--record", file)
     lines = file.read_text("utf-8").splitlines()
@@ -163,7 +187,7 @@ def test_two_variants_of_the_crate(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_attention_maps(base_model, tmp_path):
+def test_the_attention_maps(base_model, tmp_path, run):
     shutil.copytree(base_model.parent, tmp_path / "rl_checkpoints")
     file = tmp_path / "maps.json"
     assert f"{file}: " in run("attention_maps", file, "--tiny")
@@ -181,7 +205,7 @@ def test_the_attention_maps(base_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_record_of_a_speedrun(base_model, tmp_path):
+def test_the_record_of_a_speedrun(base_model, tmp_path, run):
     file = tmp_path / "record.json"
     run("record", file)
     found = json.loads(file.read_text("utf-8"))
@@ -205,7 +229,7 @@ def test_the_record_of_a_speedrun(base_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scaling_law(tmp_path):
+def test_the_scaling_law(tmp_path, run):
     file = tmp_path / "record.json"
     run("scaling", "--tiny", "--record", file)
     points = json.loads(file.read_text())["points"]
@@ -217,7 +241,7 @@ def test_the_scaling_law(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_vocabulary_study(tmp_path):
+def test_the_vocabulary_study(tmp_path, run):
     file = tmp_path / "record.json"
     run("vocab_study", "--tiny", "--record", file)
     found = json.loads(file.read_text())

@@ -35,6 +35,8 @@ def module(
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(600)
 def test_planted_mistakes_are_found(tmp_path):
     planted = tmp_path / "planted.py"
@@ -48,6 +50,7 @@ def test_planted_mistakes_are_found(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(600)
 def test_the_stub_is_compared_with_the_compiled_crate(tmp_path):
     stub = (ROOT / "rustbpe.pyi").read_text()
