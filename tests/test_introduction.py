@@ -58,7 +58,7 @@ def test_the_record_answers_where_there_is_no_chat_model(closing, base_model):
 def test_the_readers_own_model_is_asked(closing, base_model):
     base_model.parent.rename(base_model.parents[1] / "sft_checkpoints")
     told = tell(closing, {})
-    assert "Your own model answers: nanochat-d1-sft." in told and "old-d3" not in told
+    assert "Your own model answers:\nnanochat-d1-sft\n" in told and "old-d3" not in told
     assert told.count("you: ") == told.count("nanochat: ") == 3
 
 
