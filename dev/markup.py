@@ -23,7 +23,6 @@ from plain import CAPTION, slug
 
 # Chapters that still have MyST's markup; nothing here is said of them.
 UNCONVERTED = {
-    "04_transformer_architecture",
     "06_training_process",
 }
 
