@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat.chat_eval.run_chat_eval': ('evaluation.html#run_chat_eval', 'nanochat/chat_eval.py'),
                                     'nanochat.chat_eval.summarize': ('evaluation.html#summarize', 'nanochat/chat_eval.py'),
                                     'nanochat.chat_eval.task_line': ('evaluation.html#task_line', 'nanochat/chat_eval.py'),
+                                    'nanochat.chat_eval.task_names': ('evaluation.html#task_names', 'nanochat/chat_eval.py'),
                                     'nanochat.chat_eval.wilson': ('evaluation.html#wilson', 'nanochat/chat_eval.py')},
             'nanochat.checkpoint': { 'nanochat.checkpoint.amend': ('training_process.html#amend', 'nanochat/checkpoint.py'),
                                      'nanochat.checkpoint.barrier': ('training_process.html#barrier', 'nanochat/checkpoint.py'),

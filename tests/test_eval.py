@@ -752,3 +752,8 @@ def test_chat_eval_says_what_it_leaves_out_and_guesses_a_name(capsys):
     assert "left out: ARC-Easy, " in said and "Capitals" not in said
     with pytest.raises(UserError, match="did you mean Capitals\\?"):
         chat_eval.open_tasks(chat_eval.ChatEvalConfig(tasks="capital"))
+
+
+def test_a_misspelled_task_is_refused_before_a_model_is_looked_for(base_dir):
+    with pytest.raises(UserError, match="no task 'typo'"):
+        chat_eval.examine_chat(chat_eval.ChatEvalConfig(tasks="typo"))

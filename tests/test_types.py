@@ -35,6 +35,7 @@ def module(
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_planted_mistakes_are_found(tmp_path):
     planted = tmp_path / "planted.py"
