@@ -120,31 +120,61 @@ def command(request, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return in_a_new_process
 
 
+@pytest.fixture
+def script(request, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    "Return a function that runs a Python script of the checkout, as `command` does."
+    if hasattr(os, "fork"):
+        return partial(
+            script_in_a_fork, request.getfixturevalue("fork_server"), tmp_path
+        )
+    return script_in_a_new_process
+
+
+def script_in_a_fork(
+    serve: Callable[[dict], int], folder: Path, path: str, *argv: str
+) -> subprocess.CompletedProcess:
+    "Run a script in a fork of the server."
+    return in_a_fork(serve, folder, *argv, program=str(ROOT / path))
+
+
+def script_in_a_new_process(path: str, *argv: str) -> subprocess.CompletedProcess:
+    "Run a script in a new interpreter."
+    command = [sys.executable, path, *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def in_a_fork(
     serve: Callable[[dict], int],
     folder: Path,
     *argv: str,
     text: str = "",
+    ranks: int = 1,
+    program: str = "",  # a script to run instead of `nanochat`
     **changes: str,
 ) -> subprocess.CompletedProcess:
-    "Run a command in a fork of the server."
+    "Run a command in a fork of the server, or in one for each rank."
     files = {name: folder / f"command.{name}" for name in ("out", "err", "stdin")}
     files["stdin"].write_text(text)
-    ours = {k: v for k, v in os.environ.items() if k.startswith("NANOCHAT_")}
+    ours = {"NANOCHAT_BASE_DIR": str(folder / "base")}
+    ours |= {k: v for k, v in os.environ.items() if k.startswith("NANOCHAT_")}
     job = {"argv": argv, "environment": ours | changes, "umask": 0o022}
     job |= {"folder": str(ROOT)} | {name: str(file) for name, file in files.items()}
-    code = serve(job)
-    out = files["out"].read_text("utf-8")
-    err = files["err"].read_text("utf-8")
+    job |= {"program": program} if program else {}
+    code = serve(job | {"ranks": ranks})
+    names = [""] if ranks == 1 else [f".{rank}" for rank in range(ranks)]
+    out = "".join((folder / f"command.out{n}").read_text("utf-8") for n in names)
+    err = "".join((folder / f"command.err{n}").read_text("utf-8") for n in names)
     return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def in_a_new_process(
-    *argv: str, text: str = "", **changes: str
+    *argv: str, text: str = "", ranks: int = 1, **changes: str
 ) -> subprocess.CompletedProcess:
-    "Run a command in a new interpreter."
+    "Run a command in a new interpreter, or in one for each rank."
+    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    several = [*launch, "-m"] if ranks > 1 else []
     return subprocess.run(
-        [sys.executable, "-m", "nanochat", *argv],
+        [sys.executable, "-m", *several, "nanochat", *argv],
         cwd=ROOT,
         env=os.environ | changes,
         input=text,

@@ -3,18 +3,23 @@
 A process of its own, started afresh: a fork of the test runner could inherit the locks of
 threads that earlier tests have started. It reads one JSON line for each command from
 standard input and answers with the exit code. A job names its `argv`, `environment`
-(None removes a variable), `folder`, `umask`, and the files `out`, `err` and `stdin`.
+(None removes a variable), `folder`, `umask`, and the files `out`, `err` and `stdin`. With
+`program`, a script is run with that `argv` instead of `nanochat`. With
+`ranks`, that many forks run the same command as the ranks of one group; torchrun would start
+a new interpreter for each, and itself.
 """
 
 import json
 import os
+import runpy
 import signal
+import socket
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
-LIMIT = 60.0  # seconds for one command
+LIMIT = 180.0  # seconds for one command, on a busy machine too
 
 
 def without_account() -> None:
@@ -51,17 +56,21 @@ def become(job: dict) -> None:
     sys.stdin = open(0, encoding=encoding)
     sys.stdout = open(1, "w", encoding=encoding, errors="strict")
     sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace")
-    sys.argv = ["nanochat", *job["argv"]]
+    sys.argv = [job.get("program", "nanochat"), *job["argv"]]
 
 
 def run(job: dict) -> int:  # exit code, as the shell would see it
-    "Run `nanochat` in this process."
+    "Run `nanochat`, or another program, in this process."
     from nanochat.cli import main
 
     code = 70
     try:
         become(job)
-        main()
+        if program := job.get("program"):
+            sys.path[0] = str(Path(program).parent)
+            runpy.run_path(program, run_name="__main__")
+        else:
+            main()
         code = 0
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -76,13 +85,17 @@ def run(job: dict) -> int:  # exit code, as the shell would see it
     return code
 
 
-def in_a_fork(job: dict) -> int:  # exit code; 124: it took too long
-    "Run a job in a child process."
+def start(job: dict) -> int:  # process id
+    "Start a job in a child process."
     child = os.fork()
     if child == 0:
         os._exit(run(job))
-    begun = time.monotonic()
-    while time.monotonic() - begun < LIMIT:
+    return child
+
+
+def wait(child: int, until: float) -> int:  # exit code; 124: it took too long
+    "Wait for a child process and kill it when the clock has reached `until`."
+    while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
@@ -92,10 +105,40 @@ def in_a_fork(job: dict) -> int:  # exit code; 124: it took too long
     return 124
 
 
+def free_port() -> int:
+    "Return a port that nobody listens on."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def jobs_of_ranks(job: dict) -> list[dict]:
+    "Return the job once for each rank, with the variables that torchrun would set."
+    ranks = job.get("ranks", 1)
+    if ranks == 1:
+        return [job]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    jobs = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        files = {name: f"{job[name]}.{rank}" for name in ("out", "err")}
+        environment = job["environment"] | group | place
+        jobs.append(job | files | {"environment": environment})
+    return jobs
+
+
+def in_forks(job: dict) -> int:  # exit code; 124: it took too long
+    "Run a job, in one child process for each rank."
+    children = [start(each) for each in jobs_of_ranks(job)]
+    until = time.monotonic() + LIMIT
+    return max((wait(child, until) for child in children), key=abs)
+
+
 if __name__ == "__main__":
     from nanochat.cli import COMMANDS
 
     for command in COMMANDS.values():
         import_module(command.module)
     for line in sys.stdin:
-        print(in_a_fork(json.loads(line)), flush=True)
+        print(in_forks(json.loads(line)), flush=True)

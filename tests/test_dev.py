@@ -35,12 +35,16 @@ def load(name: str):
     return module
 
 
-def run(name: str, *arguments) -> str:
-    "Run a script as a user does; return what it says."
-    command = [sys.executable, str(DEV / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(script):
+    "Return a function that runs a script as a user does and returns what it says."
+
+    def call(name: str, *arguments) -> str:
+        done = script(f"dev/{name}.py", *map(str, arguments))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return call
 
 
 def outline(value):
@@ -87,7 +91,7 @@ def test_the_makefile_remakes_every_record():
 
 
 @pytest.mark.slow
-def test_the_compression_of_a_tokenizer(tmp_path):
+def test_the_compression_of_a_tokenizer(tmp_path, run):
     file = tmp_path / "record.json"
     run("tokenizer_compression", "--tiny", "--record", file)
     found = json.loads(file.read_text("utf-8"))
@@ -101,7 +105,7 @@ def test_the_compression_of_a_tokenizer(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_model_bench(tmp_path):
+def test_the_model_bench(tmp_path, run):
     file = tmp_path / "record.json"
     said = run("bench_model", "--tiny", "--record", file)
     found = json.loads(file.read_text())
@@ -114,7 +118,7 @@ def test_the_model_bench(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_optimizer_bench(tmp_path):
+def test_the_optimizer_bench(tmp_path, run):
     file = tmp_path / "record.json"
     run("bench_optim", "--tiny", "--record", file)
     found = json.loads(file.read_text())
@@ -128,7 +132,7 @@ def test_the_optimizer_bench(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_bench_of_our_crate_alone(tmp_path):
+def test_the_tokenizer_bench_of_our_crate_alone(tmp_path, run):
     file = tmp_path / "record.md"
     run("bench_tokenizers", "--tiny", "--record", file)
     table = file.read_text("utf-8")
@@ -152,7 +156,7 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
-def test_two_variants_of_the_crate(tmp_path):
+def test_two_variants_of_the_crate(tmp_path, run):
     file = tmp_path / "record.md"
     run("ablate_crate", "--tiny", "--record", file)
     lines = file.read_text("utf-8").splitlines()
@@ -163,7 +167,7 @@ def test_two_variants_of_the_crate(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_attention_maps(base_model, tmp_path):
+def test_the_attention_maps(base_model, tmp_path, run):
     shutil.copytree(base_model.parent, tmp_path / "rl_checkpoints")
     file = tmp_path / "maps.json"
     assert f"{file}: " in run("attention_maps", file, "--tiny")
@@ -181,7 +185,7 @@ def test_the_attention_maps(base_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_record_of_a_speedrun(base_model, tmp_path):
+def test_the_record_of_a_speedrun(base_model, tmp_path, run):
     file = tmp_path / "record.json"
     run("record", file)
     found = json.loads(file.read_text("utf-8"))
@@ -205,7 +209,7 @@ def test_the_record_of_a_speedrun(base_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scaling_law(tmp_path):
+def test_the_scaling_law(tmp_path, run):
     file = tmp_path / "record.json"
     run("scaling", "--tiny", "--record", file)
     points = json.loads(file.read_text())["points"]
@@ -217,7 +221,7 @@ def test_the_scaling_law(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_vocabulary_study(tmp_path):
+def test_the_vocabulary_study(tmp_path, run):
     file = tmp_path / "record.json"
     run("vocab_study", "--tiny", "--record", file)
     found = json.loads(file.read_text())

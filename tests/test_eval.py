@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from memory import peak_bytes
+from rank_group import run_on_ranks
 
 from nanochat import chat_eval, core_eval, execution, report
 from nanochat.base_eval import BaseEvalConfig
@@ -164,7 +164,7 @@ def rank_main(rank, world, port, folder):
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path):
-    mp.spawn(rank_main, (2, free_port(), str(tmp_path)), nprocs=2)
+    run_on_ranks(rank_main, (2, free_port(), str(tmp_path)), 2)
     two = json.loads((tmp_path / "result.json").read_text())
     model = tiny_model()
     ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(2))

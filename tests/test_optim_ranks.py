@@ -1,7 +1,6 @@
 """Sharded optimizers on gloo ranks: the same steps as one rank, and state that travels."""
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_group import run_on_ranks
 
 from nanochat.config import OptimConfig
 from nanochat.gpt import GPT, GPTConfig
@@ -92,7 +91,7 @@ def saved(tmp_path_factory) -> dict[str, list[dict]]:
     if not dist.is_available() or sys.platform == "win32":
         pytest.skip("no gloo here")
     root = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_all, (root,), nprocs=4)
+    run_on_ranks(run_all, (root,), 4)
     found = {}
     for name, (world, _) in SCENARIOS.items():
         files = [root / name / f"{rank}.pt" for rank in range(world)]
@@ -160,24 +159,23 @@ def test_state_moves_to_another_number_of_ranks(saved, name):
         assert_same(record["model"], saved["1to1"][0]["model"])
 
 
-def train_on_ranks(folder: Path, ranks: str, padding: int) -> list[dict]:
+def train_on_ranks(script, folder: Path, ranks: str, padding: int) -> list[dict]:
     "Train the GPT of dev/ranks.py for 50 steps on each number of ranks."
     out = folder / "ranks.json"
     flags = [f"--ranks={ranks}", f"--padding={padding}", f"--out={out}"]
-    command = [sys.executable, "dev/ranks.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = script("dev/ranks.py", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())["runs"]
 
 
 @pytest.mark.parametrize("ranks, padding", [("1,2,4", 64), ("1,2", 1)])
-def test_fifty_steps_of_a_gpt_end_in_the_same_weights(tmp_path, ranks, padding):
+def test_fifty_steps_of_a_gpt_end_in_the_same_weights(script, tmp_path, ranks, padding):
     """One key-value head, 251 tokens, three layers; in float64.
 
     In float32 the same comparison ends at 3e-4: AdamW divides by the root of the second
     average, so rounding errors in gradients that are nearly zero become whole steps.
     """
-    one, *more = train_on_ranks(tmp_path, ranks, padding)
+    one, *more = train_on_ranks(script, tmp_path, ranks, padding)
     assert one["loss"][1] < one["loss"][0] / 2  # it learnt
     for row in more:
         world = row["ranks"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from rank_group import run_on_ranks
 
 from nanochat import checkpoint, rl
 from nanochat.common import UserError, compute_cleanup, compute_init
@@ -354,7 +354,7 @@ def rank_main(rank, world, port, folder):
 
 @pytest.mark.slow
 def test_two_ranks_share_the_prompts_and_stay_equal(tmp_path):
-    mp.spawn(rank_main, (2, free_port(), str(tmp_path)), nprocs=2)
+    run_on_ranks(rank_main, (2, free_port(), str(tmp_path)), 2)
     a, b = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert a["records"] == b["records"] and a["total"] == b["total"]
     for step in range(2):
@@ -409,7 +409,7 @@ def rank_weights(rank, world, port, folder):
 def test_two_ranks_take_the_steps_of_one(tmp_path):
     records, weights = policy_weights()
     assert all(0 < r["informative"] for r in records)  # there is something to learn
-    mp.spawn(rank_weights, (2, free_port(), str(tmp_path)), nprocs=2)
+    run_on_ranks(rank_weights, (2, free_port(), str(tmp_path)), 2)
     for rank in range(2):
         found, theirs = torch.load(tmp_path / f"{rank}.pt")
         for mine, other in zip(records, found):

@@ -190,9 +190,9 @@ def test_a_million_of_one_kind(text):
         [text * 1_000], 300, pattern=rustbpe.PATTERNS["nanochat"]
     )
     long = (text * 1_000_000)[:1_000_000]
-    start = time.perf_counter()
+    start = time.process_time()  # on a busy machine the clock on the wall runs on
     ids = trainer.encode(long)
-    assert time.perf_counter() - start < 3  # leaves room for a busy machine
+    assert time.process_time() - start < 3
     assert trainer.decode(ids) == long
 
 
@@ -203,11 +203,11 @@ def test_training_on_a_text_without_blanks():
     weights = [1 / k for k in range(1, 1001)]
     characters = [chr(0x4E00 + k) for k in range(1000)]
     chunk = "".join(rng.choices(characters, weights, k=1_000_000))
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator([chunk], 30_000)
     # `rustbpe` 0.1.0, which walks over the chunk for each merge, takes 20 seconds.
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert tokenizer.decode(tokenizer.encode(chunk)) == chunk
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_group import run_on_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,7 +182,7 @@ def test_accumulation_equals_the_large_batch():
 @pytest.mark.slow
 def test_two_ranks_equal_the_large_batch(tmp_path):
     "The loss that each rank tells is the mean over all ranks; the gradients add up."
-    mp.spawn(steps_on_rank, (tmp_path,), nprocs=2)
+    run_on_ranks(steps_on_rank, (tmp_path,), 2)
     want = take_steps(one_large)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     sums = {k: v + ranks[1]["gradient"][k] for k, v in ranks[0]["gradient"].items()}
@@ -545,35 +545,20 @@ def test_kill_then_resume(base_dir, tiny):
     assert checkpoint.list_steps(folder)[-1] == 400
 
 
-def run_ranks(base: Path, ranks: int, tiny: dict, tag: str = "") -> list[float]:
-    env = dict(os.environ, NANOCHAT_BASE_DIR=str(base), OMP_NUM_THREADS="1")
+def run_ranks(command, base: Path, ranks: int, tiny: dict, tag: str) -> list[float]:
+    "Pretrain with several ranks and return the losses."
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in tiny.items()]
-    flags += [f"--tag={tag or f'ranks{ranks}'}"]
-    launch = [sys.executable, "-m"]
-    if ranks > 1:
-        launch += [
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(ranks),
-            "-m",
-        ]
-    done = subprocess.run(
-        [*launch, "scripts.base_train", *flags],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    done = command("base_train", *flags, f"--tag={tag}", ranks=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
     return losses(base)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_two_ranks_train_like_one(base_dir, tiny):
+def test_two_ranks_train_like_one(base_dir, tiny, command):
     tiny |= {"num_iterations": 20, "depth": 2}
-    one, two = run_ranks(base_dir, 1, tiny), run_ranks(base_dir, 2, tiny)
+    one = run_ranks(command, base_dir, 1, tiny, "ranks1")
+    two = run_ranks(command, base_dir, 2, tiny, "ranks2")
     assert len(one) == len(two) == 20
     assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4
     folder = base_dir / "base_checkpoints" / "ranks2" / "step_000020"
@@ -583,10 +568,10 @@ def test_two_ranks_train_like_one(base_dir, tiny):
 @pytest.mark.slow
 @pytest.mark.posix
 @pytest.mark.timeout(240)
-def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
+def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory, command):
     "The Slurm script with two torchrun agents on this machine."
     tiny |= {"num_iterations": 12, "depth": 2}
-    one = run_ranks(base_dir, 1, tiny)
+    one = run_ranks(command, base_dir, 1, tiny, "alone")
     tools = tmp_path_factory.mktemp("tools")
     nodes = 'for i in 1 2; do "${@:2}" & done; wait -n && wait -n'
     for name, body in (("srun", nodes), ("scontrol", "echo 127.0.0.1")):
@@ -617,10 +602,10 @@ def test_two_nodes_train_like_one_process(base_dir, tiny, tmp_path_factory):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
 def test_another_number_of_ranks_continues_with_the_same_text(
-    base_dir, tiny, before, after
+    base_dir, tiny, command, before, after
 ):
     tiny |= {"num_iterations": 12, "depth": 2, "save_every": 6}
-    expected = run_ranks(base_dir, before, tiny, "run")
+    expected = run_ranks(command, base_dir, before, tiny, "run")
     last = base_dir / "base_checkpoints" / "run" / "step_000012"
 
     def read() -> dict[str, dict]:  # stream -> cursor, of all ranks
@@ -631,7 +616,7 @@ def test_another_number_of_ranks_continues_with_the_same_text(
 
     cursors = read()
     shutil.rmtree(last)
-    found = run_ranks(base_dir, after, tiny, "run")
+    found = run_ranks(command, base_dir, after, tiny, "run")
     assert len(list(last.glob("optimizer_*"))) == after
     assert read() == cursors and cursors
     assert found[:6] == expected[:6]
