@@ -10,7 +10,6 @@ use std::borrow::Borrow;
 use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 
-// [key]
 /// Longest chunk, in bytes, that has a key.
 const LONGEST: usize = 15;
 
@@ -36,9 +35,7 @@ pub(crate) fn unkey(key: u128) -> Box<[u8]> {
     let bytes = key.to_le_bytes();
     bytes[..bytes[LONGEST] as usize].into()
 }
-// [/key]
 
-// [table]
 /// A hash map from keys that keeps insertion order, like Python's dict.
 ///
 /// `index` is searched from a key's slot to the next free one (0); its numbers count
@@ -119,9 +116,7 @@ impl<V: Copy + Default> Table<V> {
         self.keys.iter().copied().zip(self.values.iter().copied())
     }
 }
-// [/table]
 
-// [map]
 /// A map from chunks: short ones by their key, long ones by their bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct ChunkMap<L, V> {
@@ -156,9 +151,7 @@ impl<L: Hash + Eq + Borrow<[u8]>, V: Copy + Default> ChunkMap<L, V> {
         }
     }
 }
-// [/map]
 
-// [cache]
 /// Marks the end of a list of tokens.
 pub(crate) const NONE: Id = Id::MAX;
 
@@ -184,9 +177,7 @@ impl Cache {
         *self.0.entry(key) = ids;
     }
 }
-// [/cache]
 
-// [pool]
 /// Unused tables, at most as many as threads have ever worked at the same time.
 #[derive(Debug, Default)]
 pub(crate) struct Pool<T>(Mutex<Vec<T>>);
@@ -206,4 +197,3 @@ impl<T: Default> Pool<T> {
         self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 }
-// [/pool]

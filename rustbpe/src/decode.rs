@@ -5,7 +5,6 @@
 //! that can no longer become a character are replaced by U+FFFD, one for each longest
 //! prefix of a character, as Unicode recommends and Python does.
 
-// [stream]
 /// Holds back the bytes of an unfinished character.
 #[derive(Debug, Clone, Default)]
 pub struct Utf8Stream {
@@ -45,7 +44,6 @@ impl Utf8Stream {
 fn may_go_on(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
-// [/stream]
 
 #[cfg(test)]
 mod tests {

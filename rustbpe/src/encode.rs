@@ -13,7 +13,6 @@ use rustc_hash::FxHashMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-// [tokenizer]
 /// A vocabulary with its split pattern.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -24,9 +23,7 @@ pub struct Tokenizer {
     bytes: [Id; 256],
     caches: Pool<Cache>,
 }
-// [/tokenizer]
 
-// [build]
 impl Tokenizer {
     /// Build a vocabulary of the 256 bytes and one token per merge, in order.
     pub fn new(merges: Vec<Pair>, pattern: &str) -> Result<Self> {
@@ -89,9 +86,7 @@ fn joins(tokens: &[Box<[u8]>], ids: &ChunkMap<Box<[u8]>, Id>) -> FxHashMap<Pair,
     let found: Vec<_> = (0..tokens.len()).into_par_iter().flat_map_iter(cuts).collect();
     found.into_iter().collect()
 }
-// [/build]
 
-// [encode]
 impl Tokenizer {
     /// Return the tokens in the order of their ids.
     pub fn tokens(&self) -> &[Box<[u8]>] {
@@ -195,9 +190,7 @@ impl Tokenizer {
         Ok(out)
     }
 }
-// [/encode]
 
-// [short]
 /// Chunks up to this many bytes are merged by scanning, longer ones with a heap.
 const SHORT: usize = 100;
 
@@ -229,9 +222,7 @@ impl Tokenizer {
         }
     }
 }
-// [/short]
 
-// [long]
 impl Tokenizer {
     /// Merge with a heap of candidates over a linked list: O(n log n) for any length.
     fn merge_long(&self, chunk: &[u8], out: &mut Vec<Id>) {
@@ -268,7 +259,6 @@ impl Tokenizer {
         out.extend((0..n).filter(|&i| alive[i]).map(|i| ids[i]));
     }
 }
-// [/long]
 
 #[cfg(test)]
 mod tests {

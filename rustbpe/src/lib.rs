@@ -45,7 +45,6 @@ pub type Id = u32;
 /// Two adjacent tokens.
 pub type Pair = (Id, Id);
 
-// [error]
 /// Everything that can go wrong. Nothing in this crate panics on its input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
@@ -110,7 +109,6 @@ impl From<std::string::FromUtf8Error> for Error {
         Error::Utf8(error.utf8_error().valid_up_to())
     }
 }
-// [/error]
 
 /// A result whose error is this crate's [`enum@Error`].
 pub type Result<T> = std::result::Result<T, Error>;

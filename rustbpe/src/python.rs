@@ -9,7 +9,6 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString, PyType};
 use std::time::{Duration, Instant};
 
-// [pyclass]
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         PyValueError::new_err(error.to_string())
@@ -34,7 +33,6 @@ impl Tokenizer {
         PyList::new(py, ids.iter().map(|&id| self.ints[id as usize].bind(py)))
     }
 }
-// [/pyclass]
 
 #[pymethods]
 impl Tokenizer {
@@ -43,7 +41,6 @@ impl Tokenizer {
         Ok(Self::wrap(py, crate::Tokenizer::new(Vec::new(), GPT4_PATTERN)?))
     }
 
-    // [pytrain]
     /// Learn a vocabulary of vocab_size tokens from an iterable of strings.
     ///
     /// `progress`, if given, is called at intervals as progress("count", bytes read,
@@ -83,9 +80,7 @@ impl Tokenizer {
         *self = Self::wrap(py, inner);
         Ok(())
     }
-    // [/pytrain]
 
-    // [pyranks]
     /// Create a tokenizer from (bytes, rank) pairs and a split pattern.
     #[staticmethod]
     fn from_ranks(
@@ -145,9 +140,7 @@ impl Tokenizer {
     fn vocab_size(&self) -> usize {
         self.inner.tokens().len()
     }
-    // [/pyranks]
 
-    // [pyencode]
     /// Encode one text.
     fn encode<'py>(
         &self,
@@ -214,17 +207,13 @@ impl Tokenizer {
             ))),
         }
     }
-    // [/pyencode]
 
-    // [pystream]
     /// Create a decoder that takes tokens one by one and never splits a character.
     fn stream_decoder(slf: Py<Self>) -> StreamDecoder {
         StreamDecoder { tokenizer: slf, state: crate::Utf8Stream::default() }
     }
-    // [/pystream]
 }
 
-// [stream]
 /// Turns tokens into whole characters as they arrive.
 #[pyclass(module = "rustbpe")]
 struct StreamDecoder {
@@ -245,9 +234,7 @@ impl StreamDecoder {
         self.state.finish()
     }
 }
-// [/stream]
 
-// [learn]
 /// How often training, which runs without the GIL, lets Python handle signals.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -285,9 +272,7 @@ fn learn(
     look(merges.len())?;
     Ok(merges)
 }
-// [/learn]
 
-// [texts]
 /// A Python iterable of strings that reports which item is not a string.
 struct Texts<'py> {
     items: Bound<'py, PyIterator>,
@@ -335,9 +320,7 @@ impl<'py> Texts<'py> {
         Ok(buffer)
     }
 }
-// [/texts]
 
-// [pysplit]
 /// Split a text into the chunks that no token may cross.
 #[pyfunction]
 fn split(text: &str, pattern: &str) -> PyResult<Vec<String>> {
@@ -346,9 +329,7 @@ fn split(text: &str, pattern: &str) -> PyResult<Vec<String>> {
     splitter.for_each(text, |chunk| chunks.push(chunk.to_owned()))?;
     Ok(chunks)
 }
-// [/pysplit]
 
-// [pymodule]
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
@@ -361,4 +342,3 @@ mod rustbpe {
         module.add("PATTERNS", std::collections::BTreeMap::from(crate::PATTERNS))
     }
 }
-// [/pymodule]

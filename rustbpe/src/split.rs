@@ -14,7 +14,6 @@ use fancy_regex::Regex;
 use regex_syntax::hir::{Class as HirClass, HirKind};
 use std::sync::OnceLock;
 
-// [patterns]
 /// GPT-2's pattern. A chunk is a word, a number or punctuation, each with the space
 /// before it; tiktoken's spelling for `r50k_base` is equivalent.
 pub const GPT2_PATTERN: &str = concat!(
@@ -93,9 +92,7 @@ impl Rules {
         Some(Self { gpt2, max_digits, whole_end })
     }
 }
-// [/patterns]
 
-// [splitter]
 /// A compiled split pattern.
 #[derive(Debug, Clone)]
 pub struct Splitter {
@@ -182,9 +179,7 @@ fn search(regex: &Regex, text: &str) -> Result<Vec<(usize, usize)>> {
     }
     Ok(chunks)
 }
-// [/splitter]
 
-// [classes]
 /// What the patterns need to know about a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
@@ -215,9 +210,7 @@ fn classes() -> &'static [Class] {
         table
     })
 }
-// [/classes]
 
-// [block]
 /// Return a number with the same byte in all eight places.
 const fn every(byte: u8) -> u64 {
     u64::from_le_bytes([byte; 8])
@@ -268,9 +261,7 @@ impl Block {
         Self::new(&bytes)
     }
 }
-// [/block]
 
-// [word]
 impl Block {
     /// Return the length of the chunk at byte `i`, where `rest` starts, if it is an ASCII
     /// word, or one mark before a space, and ends inside the block; else 0.
@@ -334,9 +325,7 @@ impl Iterator for Scan<'_> {
         Some((start, n))
     }
 }
-// [/word]
 
-// [scan]
 /// Return the length in bytes of a text's first chunk.
 fn scan(text: &str, rules: &Rules) -> usize {
     let table = classes();
@@ -417,11 +406,8 @@ fn contraction(rest: &str, rules: &Rules) -> Option<usize> {
     let both = (fold(first), fold(chars.next()?));
     matches!(both, ('l', 'l') | ('v', 'e') | ('r', 'e')).then_some(2)
 }
-// [/scan]
 
-// [run]
 /// Return the length in bytes of the longest prefix whose characters are all in a set.
 fn run(text: &str, set: impl Fn(char) -> bool) -> usize {
     text.find(|c| !set(c)).unwrap_or(text.len())
 }
-// [/run]

@@ -20,7 +20,6 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::mem::take;
 
-// [trainer]
 /// Counts chunks of text, then learns merges from them.
 #[derive(Debug)]
 pub struct Trainer {
@@ -35,9 +34,7 @@ pub fn check(vocab_size: usize) -> Result<()> {
     }
     Ok(())
 }
-// [/trainer]
 
-// [count]
 impl Trainer {
     /// Create a trainer that has not seen any text yet.
     pub fn new(pattern: &str) -> Result<Self> {
@@ -77,9 +74,7 @@ impl Trainer {
         Ok(())
     }
 }
-// [/count]
 
-// [words]
 /// Separates words, and marks where a token started that is now part of another.
 const GAP: Id = Id::MAX;
 
@@ -128,9 +123,7 @@ impl Words {
         Some((before, left, right))
     }
 }
-// [/words]
 
-// [index]
 /// How often a pair occurs, and all places where it has been seen.
 ///
 /// The count is exact. The list may contain a place that has since lost the pair;
@@ -158,9 +151,7 @@ fn index(words: &Words) -> FxHashMap<Pair, Entry> {
     }
     pairs
 }
-// [/index]
 
-// [learner]
 /// Highest count first, then smallest pair: the order that the contract asks for.
 type Heap = BinaryHeap<(u64, Reverse<Pair>)>;
 
@@ -182,9 +173,7 @@ impl Learner {
         Self { words, pairs, heap: Heap::new(), floor, beside }
     }
 }
-// [/learner]
 
-// [best]
 impl Learner {
     /// Pop the most frequent pair.
     ///
@@ -213,9 +202,7 @@ impl Learner {
         }
     }
 }
-// [/best]
 
-// [beside]
 /// The tokens on one side of the merges of a pair: how often each occurs, and where.
 #[derive(Debug)]
 struct Beside {
@@ -240,9 +227,7 @@ impl Beside {
         entry.places.push(place);
     }
 }
-// [/beside]
 
-// [apply]
 impl Learner {
     /// Merge `pair` in all its places.
     ///
@@ -297,9 +282,7 @@ impl Learner {
         }
     }
 }
-// [/apply]
 
-// [merge]
 impl Trainer {
     /// Learn merges until there are `vocab_size` tokens or nothing is left to merge.
     ///
@@ -352,7 +335,6 @@ impl Trainer {
         }
     }
 }
-// [/merge]
 
 #[cfg(test)]
 mod tests {
