@@ -1,6 +1,6 @@
 # The commands of this repository; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup fast test check export book pdf bench records lock clean
+.PHONY: help setup lab fast test check export book pdf bench records clean
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 # Two cores are shared by many small matrices here: one thread each is the fastest.
 export OMP_NUM_THREADS ?= 1
@@ -17,18 +17,22 @@ help: ## list these targets
 setup: ## make .venv with everything in it; the second time it does nothing
 	@bash dev/setup.sh dev
 
+lab: setup ## read the book and run its cells in JupyterLab
+	jupyter lab nbs/01_introduction.ipynb
+
 # Two tests at a time; those of one file stay together, since they share what it builds.
 PYTEST := python -m pytest -n 2 --dist loadfile
 
 fast: setup ## the quick tests, about a minute: no training, no browser, no processes
 	$(PYTEST) -q -m "not slow"
 
-test: setup ## all tests, the crate's too; `make check` executes the chapters
+test: setup ## all tests, the crate's too, but those that build things: see check
 	$(CARGO) test -q $(CRATE)
-	$(PYTEST) --durations 20
+	$(PYTEST) --durations 20 -m "not build"
 
-check: setup book ## what must hold before a commit: linters, export, book, sizes
+check: setup book ## what must hold before a commit: book, export, builds, linters
 	python book/scan.py
+	$(PYTEST) -q -m build
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
 	mypy
@@ -38,9 +42,11 @@ check: setup book ## what must hold before a commit: linters, export, book, size
 	python dev/check.py
 
 export: setup ## notebooks to nanochat/*.py, formatted and cleaned
+	python dev/markup.py
 	ruff format -q nbs
 	nbdev-export
 	nbdev-clean
+	python book/bibliography.py
 
 book: setup ## execute the chapters and render them to book/_build/html
 	$(SPHINX) nbs $(BUILD)/html
@@ -94,16 +100,6 @@ records: setup ## measure again everything under dev/records (hours; times in th
 	python dev/ablate_crate.py --record $(RECORDS)/rustbpe_ablation.md
 	python dev/tokenizer_compression.py --reference-dir $(REFERENCES) \
 	  --record $(RECORDS)/tokenizer_compression.json
-
-# What belongs to one version of PyTorch is pinned apart, so that another can be had.
-OF_TORCH := ^(torch==|triton==|setuptools==|nvidia-|cuda-)
-
-lock: setup ## pin the newest versions in requirements/*.txt
-	uv pip compile -q --upgrade --universal --python-version 3.10 --no-header \
-	  --no-annotate --extra dev --extra book --extra data --extra trackers \
-	  -o requirements/constraints.txt pyproject.toml requirements/tools.in
-	grep -E '$(OF_TORCH)' requirements/constraints.txt >requirements/torch.txt
-	sed -i -E '/$(OF_TORCH)/d' requirements/constraints.txt
 
 clean: ## remove what was built; notebooks, package and .venv stay
 	rm -rf $(BUILD) rustbpe/target .pytest_cache .ruff_cache .mypy_cache .hypothesis

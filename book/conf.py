@@ -24,6 +24,7 @@ author = "The nanochat book authors"
 copyright = "2026, " + author
 extensions = [
     "myst_nb",
+    "plain_pages",
     "sphinx_external_toc",
     "sphinx_multitoc_numbering",
     "sphinx_design",
@@ -87,12 +88,16 @@ myst_enable_extensions = [
     "deflist",
     "dollarmath",
 ]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
+myst_heading_slug_func = "plain.slug"
+myst_ref_domains = ["std"]  # an equation has a target of its own
 bibtex_bibfiles = [str(HERE / "references.bib")]
 bibtex_default_style = "author_year"
 bibtex_reference_style = "author_year"
 numfig = True
+numfig_format = {"figure": "Figure %s"}
 math_numfig = True
+numfig_format = {"figure": "Figure %s"}
 numfig_secnum_depth = 1
 math_eqref_format = "Eq. ({number})"
 
@@ -101,6 +106,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
@@ -116,6 +122,7 @@ if tags.has("pdf"):  # type: ignore[name-defined]  # noqa: F821 (Sphinx puts it 
     html_theme = "basic"
     html_theme_options = {}
     html_css_files = []
+    html_js_files = []
     html_sidebars: dict = {}
     html_permalinks = False
 

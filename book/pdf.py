@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import pypandoc
 import typst
@@ -41,11 +42,38 @@ def clean_headings(body) -> None:
             heading.name = "h4"
 
 
+def gather_solutions(soup, body) -> None:
+    "Move the solutions of all chapters behind everything else."
+    last = soup.new_tag("section", id="all-solutions")
+    heading = soup.new_tag("h2")
+    heading.string = "Solutions"
+    last.append(heading)
+    for title in body.select("section > h3"):
+        chapter = title.find_parent("section").find_parent("section")
+        if not title.get_text().strip(" .0123456789¶") == "Solutions" or not chapter:
+            continue
+        # The chapter's name replaces the section's.
+        title.string = chapter.find("h2").get_text().rstrip("¶")
+        last.append(title.parent.extract())
+    if last.find("h3"):
+        wrapper = soup.new_tag("div", attrs={"class": "toctree-wrapper"})
+        wrapper.append(last)
+        body.append(wrapper)
+
+
 def clean_links(body) -> None:
     "Make links local and identifiers unique."
     for a in body.select('a[href^="#document-"]'):  # Sphinx: '#document-x#y'
         parts = a["href"].split("#")
         a["href"] = "#" + parts[2] if len(parts) > 2 else a["href"]
+    # A label of Typst is letters, digits and four signs; a heading's anchor has others.
+    for tag in body.select('[id], a[href^="#"]'):
+        for key in {"id", "href"} & tag.attrs.keys():
+            if key == "id" or tag[key].startswith("#"):
+                name = re.sub(
+                    r"[^A-Za-z0-9_.:-]", "_", unquote(tag[key].removeprefix("#"))
+                )
+                tag[key] = name if key == "id" else "#" + name
     seen = set()
     for tag in body.select("[id]"):
         if tag["id"] in seen:
@@ -66,6 +94,9 @@ def clean_notes(soup, body) -> None:
             label.name = "span"
             label.string = label.get_text() + " "
             text.insert(0, label.extract())
+    for paragraph in body.select("p[id]"):  # pandoc gives these no identifier
+        paragraph.insert(0, soup.new_tag("span", id=paragraph["id"]))
+        del paragraph["id"]
     for term in body.select("dl dt[id]"):
         anchor = soup.new_tag("span", id=term["id"])
         del term["id"]
@@ -104,6 +135,8 @@ def clean_code(soup, body) -> None:
 def clean_math(soup, body) -> None:
     "Turn each displayed formula into a paragraph with its number as an attribute."
     for div in body.select("div.math"):
+        for anchor in div.select("span[id]"):
+            div.insert_before(soup.new_tag("div", id=anchor["id"]))
         number = div.select_one(".eqno")
         number = number.extract().get_text().strip() if number else ""
         found = re.search(r"\\\[(.*)\\\]", div.get_text(), re.S)
@@ -132,6 +165,7 @@ def clean(html: str) -> tuple[str, str]:
     body = soup.select_one("div.body") or soup.body
     assert body, "a page without a body"
     clean_links(body)
+    gather_solutions(soup, body)
     for tag in body.select(NOISE):
         tag.decompose()
     clean_headings(body)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nanochat"
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
+sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
+import markup
 from nbdev_reader import module_file, read, split_directives
 
 # Exceptions to the order of chapters. Architecture is taught top-down: chapter 4 uses what
@@ -294,8 +295,13 @@ def every_character_has_a_glyph() -> list[str]:
     return [f"no font of the PDF has {c!r} (U+{ord(c):04X}): {remedy}" for c in missing]
 
 
+CITATION = re.compile(r"\[([^\]\[]*)\]\(bibliography\.md#([\w-]+)\)")
+
+
 def bibliography_is_sound() -> list[str]:
-    "No work has two entries, and every key that a chapter cites exists."
+    "No work has two entries, its page is up to date, and citations agree with it."
+    import bibliography
+
     text = (ROOT / "book" / "references.bib").read_text("utf-8")
     keys = re.findall(r"^@\w+\{\s*([^,\s]+)", text, re.M)
     problems = [
@@ -305,6 +311,15 @@ def bibliography_is_sound() -> list[str]:
         for group in re.findall(r"\{cite:?\w*\}`([^`]+)`", file.read_text("utf-8")):
             cited = [key.strip() for key in group.split(",")]
             problems += [f"{file.name} cites {k}" for k in cited if k not in keys]
+
+    # What a citation says in brackets is the label of the work.
+    names = bibliography.labels(bibliography.load())
+    for file in notebooks():
+        for words, key in CITATION.findall(file.read_text("utf-8")):
+            if words.replace(" (", ", ").rstrip(")") != names.get(key):
+                problems.append(f"{file.name} cites {key} as {words}")
+    if bibliography.page() != bibliography.PAGE.read_text("utf-8"):
+        problems.append("bibliography.md: run python book/bibliography.py")
     return sorted(set(problems))
 
 
@@ -552,6 +567,7 @@ CHECKS = [
     every_exported_line_is_printed,
     every_character_has_a_glyph,
     bibliography_is_sound,
+    *markup.CHECKS,
     nothing_of_this_machine,
     code_is_unfolded,
 ]

@@ -2,7 +2,7 @@
 # Set up .venv; a second run has nothing to do and needs no network.
 #
 #   bash dev/setup.sh run    everything the pipeline needs (speedrun.sh calls this)
-#   bash dev/setup.sh dev    the same, plus tests, linters and the book (make calls this)
+#   bash dev/setup.sh dev    the same, plus tests, linters, JupyterLab and the book (make calls this)
 #
 # Exit code 2 means that a system package is missing; the last lines say what to type.
 set -euo pipefail
@@ -26,7 +26,7 @@ key() {
 }
 imports() { # checks that the modules exist: a stamp may outlive what it stands for
     local modules='"torch", "tyro", "rustbpe", "nanochat"'
-    [ "$level" = run ] || modules="$modules, \"nbdev\", \"pytest\", \"myst_nb\""
+    [ "$level" = run ] || modules="$modules, \"nbdev\", \"pytest\", \"myst_nb\", \"jupyterlab\""
     printf 'from importlib.util import find_spec as f\nassert all(map(f, [%s]))' "$modules"
 }
 fresh() {
@@ -39,7 +39,7 @@ if { fresh "$level" || fresh dev; } && "$python" -c "$(imports)" 2>/dev/null; th
 fi
 case $level in
     run) extras="[data]" ;;
-    dev) extras="[dev,book,data]" ;;
+    dev) extras="[dev,book,lab,data]" ;;
     *) fail "unknown level '$level': dev/setup.sh takes 'run' or 'dev'" ;;
 esac
 began=$SECONDS

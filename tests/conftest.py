@@ -1,14 +1,23 @@
 """A tiny tokenizer and a tiny trained model, made once for all tests."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# What is compiled, above all the headers of PyTorch, is compiled once for all tests. The
+# cache of the user is not theirs: a killed run may have left half a library in it.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="nanochat-compiled-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled  # the workers of xdist inherit it
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 # Deceive this process and its children, before anything of the package is imported.
 collect_ignore = ["no_posix"]

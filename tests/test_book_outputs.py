@@ -198,3 +198,29 @@ def test_the_folder_is_the_one_that_the_build_uses():
     folder = scan.cache_folder()
     assert dict(os.environ) == before
     assert folder.parent == BOOK / "_build" and folder.name.startswith("cache-")
+
+
+PAGE = """<div class="body"><div class="toctree-wrapper">
+<section id="a"><h2>1. One</h2><section id="s"><h3>1.8. Solutions</h3><p>first</p></section></section>
+<section id="b"><h2>2. Two</h2><p><a href="#Adam,-by-hand">see</a> <a href="#eq-x">it</a></p>
+<section id="Adam,-by-hand"><h3>2.1. Adam, by hand</h3><p id="key">a work</p>
+<div class="math" id="equation-eq-x"><span id="eq-x"></span><span class="eqno">(2.1)</span>\\[x\\]</div>
+</section><section id="s"><h3>2.2. Solutions</h3><p>second</p></section></section>
+</div></div>"""
+
+
+def test_the_pdf_prints_solutions_last_and_keeps_every_anchor():
+    pytest.importorskip("typst")
+    pytest.importorskip("pypandoc")
+    spec = importlib.util.spec_from_file_location("pdf", BOOK / "pdf.py")
+    pdf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pdf)
+    body, _ = pdf.clean(PAGE)
+    order = ["1. One", "2. Two", "Adam, by hand", "<h2>Solutions</h2>"]
+    order += ["<h3>1. One</h3>", "first", "<h3>2. Two</h3>", "second"]
+    places = [body.index(order[0])]
+    for text in order[1:]:
+        places.append(body.index(text, places[-1] + 1))
+    assert body.count("Solutions") == 1
+    assert 'href="#Adam_-by-hand"' in body and 'id="Adam_-by-hand"' in body
+    assert 'id="eq-x"' in body and '<span id="key">' in body

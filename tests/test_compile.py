@@ -97,9 +97,10 @@ def test_compiled_equals_eager_in_eight_bits():
 
 @needs_compiler
 @pytest.mark.timeout(300)
-def test_generated_kernels_have_the_gradients_of_eager(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    wrong, said = check_compiled(replace(SHAPE, **LATER), CPU, torch.bfloat16)
+def test_generated_kernels_have_the_gradients_of_eager():
+    wrong, said = check_compiled(
+        replace(SHAPE, n_layer=1, **LATER), CPU, torch.bfloat16
+    )
     assert not wrong and "worst" in said
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # compiles the crate
+pytestmark = [pytest.mark.slow, pytest.mark.build]  # compiles the crate
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = ROOT / "nbs" / "10_rust_implementation.ipynb"
@@ -19,7 +19,8 @@ def solutions() -> dict[str, str]:
     "Return the diffs that the chapter prints, by the exercise's label."
     cells = json.loads(CHAPTER.read_text("utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells)
-    boxes = re.findall(r":::\{solution\} (ex-\S+)\n(.*?)\n:::", text, re.S)
+    start = r"(?::::\{solution\} ex-|### Solution )"  # before and after the conversion
+    boxes = re.findall(rf"{start}(\S+)(.*?)\n(?::::|</details>)", text, re.S)
     diffs = {name: re.findall(r"```diff\n(.*?)```", box, re.S) for name, box in boxes}
     return {name: "".join(found) for name, found in diffs.items() if found}
 

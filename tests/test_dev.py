@@ -23,6 +23,7 @@ TESTED = {  # scripts whose smallest case has a test elsewhere
     "gpu": "test_gpu",
     "gpu_baseline": "test_gpu",
     "kill_test": "test_checkpoint",
+    "markup": "test_house",
     "ranks": "test_optim_ranks",
 }
 
@@ -68,6 +69,24 @@ def test_every_script_is_run_somewhere():
         else:
             calls = rf'(run|load)\("{name}"'
             assert re.search(calls, here), f"{script}: no test runs it"
+
+
+def test_cells_that_cannot_run_twice_are_found(tmp_path, run):
+    assert "appendix_notation.ipynb: 0" in run("twice", "nbs/appendix_notation.ipynb")
+    twice = load("twice")
+    file = tmp_path / "a.ipynb"
+    for code, told in [
+        (["xs = [1]", "xs.pop()"], ["a.ipynb [c1] run 2: IndexError"]),
+        (["1 / 0", "xs.pop()"], ["a.ipynb [c0] run 1: ZeroDivisionError"]),
+        (["#| eval: false\n1 / 0", "#| notest\n1 / 0", "#| hide", "1"], []),
+    ]:
+        made = [
+            {"cell_type": "code", "id": f"c{i}", "source": [text]}
+            for i, text in enumerate(code)
+        ]
+        file.write_text(json.dumps({"cells": made}), "utf-8")
+        found = [problem.rpartition(":")[0] for problem in twice.twice(file)]
+        assert [x.partition("Error")[0] + "Error" for x in found] == told
 
 
 def test_the_makefile_remakes_every_record():
@@ -155,6 +174,7 @@ def test_every_ablation_of_the_crate_still_finds_its_lines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(900)  # where `cargo test` has not compiled the dependencies yet
 def test_two_variants_of_the_crate(tmp_path, run):
     file = tmp_path / "record.md"
@@ -279,7 +299,7 @@ def make(made: Path) -> None:
     "Write a folder as make_data.py does."
     make_data = load("make_data")
     (made / "chat").mkdir(parents=True)
-    (made / "chat" / "identity.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (made / "chat" / "identity.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n')
     make_data.make_manifest(made, {"validation": "none"}, {}, {})
 
 

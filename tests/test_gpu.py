@@ -18,7 +18,7 @@ from gpu_sections.speed import sort_kernels
 from gpu_sections.waiting import overlap
 
 # It runs its sections as groups of processes, for minutes.
-pytestmark = [pytest.mark.posix, pytest.mark.slow]
+pytestmark = [pytest.mark.posix, pytest.mark.slow, pytest.mark.build]
 
 MAY_SKIP = {}  # section -> why; none has a reason to where the developer's packages are
 

@@ -1,5 +1,6 @@
 """dev/check.py, which `make check` runs on the repository, finds what it should."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -67,3 +68,172 @@ def test_generated_relative_imports_are_recognised():
     line = "    from ..gpt import GPT"
     assert check.absolute(line, "tasks.arc") == "    from nanochat.gpt import GPT"
     assert check.absolute("from . import gpt", "engine") == "from nanochat import gpt"
+
+
+# ---- The Markdown of the chapters
+
+markup = check.markup
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("see {ref}`sec-x` there", "a role"),
+        ("see {cite:p}`a2020b`", "a role"),
+        (":::{note}\ntext", "a directive"),
+        ("```{figure} x.png\n```", "a directive"),
+        ("text\n:::", "the end of a directive"),
+        (":class: dropdown\ntext", "an option of a directive"),
+        ("(sec-x)=\n## Heading", "a label"),
+        ("$$\nx\n$$ (eq-x)", "the label of an equation"),
+        ("{.wide}\ntext", "attributes"),
+    ],
+)
+def test_markup_that_jupyter_would_show_is_found(text, kind):
+    assert any(told.startswith(kind + ":") for told in markup.raw(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`{a}` and `{b}` are operands, `{ref}` is a word",
+        "```python\n{a}`x`\n:::\n(label)=\n```",
+        "a set $\\{x\\}$, $$y$$ (with a remark), a ratio 3:1",
+        "> **Takeaway.** text\n\n| a | b |\n|:--|--:|",
+    ],
+)
+def test_markdown_that_everybody_understands_is_left_alone(text):
+    assert markup.raw(text) == []
+
+
+SAMPLE = {  # a chapter in which everything is right
+    "head": "# Sample\n\n## The loss mask, again\n\n[Figure 3.1](#fig-a), [equation 3.1](#eq-a)",
+    "code": '#| fig-alt: "A line."\nplot()',
+    "caption": '<a id="fig-a"></a>**Figure 3.1.** A line.',
+    "equation": '<a id="eq-a"></a>\n$$ x = 1 \\tag{3.1} $$',
+    "exercise": '<a id="ex-a"></a>\n### Exercise 3.1 ★★: Why?\n\n[Solution 3.1](#sol-a)',
+    "solutions": '<a id="sol-a"></a>\n### Solution 3.1: Why?\n\n[exercise 3.1](#ex-a)\n\n'
+    "<details>\n<summary>Show</summary>\n\nSo. [Mask](#The-loss-mask,-again)\n\n</details>",
+    "hidden": "1 + 1",
+}
+
+
+def write_chapter(folder: Path, **changes: str) -> Path:
+    "Write the sample with changes, and return its file."
+    cells = []
+    for name, text in (SAMPLE | changes).items():
+        cell = {"cell_type": "markdown", "id": name, "metadata": {}, "source": [text]}
+        if name in ("code", "hidden"):
+            cell["cell_type"] = "code"
+            hidden = {"source_hidden": True, "outputs_hidden": True}
+            cell["metadata"] = {"jupyter": hidden} if name == "hidden" else {}
+        cells.append(cell)
+    file = folder / "03_sample.ipynb"
+    file.write_text(json.dumps({"cells": cells}), "utf-8")
+    return file
+
+
+def complaints() -> list[str]:
+    return [problem for test in markup.CHECKS for problem in test()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, ""),
+        ({"caption": '<a id="fig-a"></a>**Figure 3.2.** A line.'}, "figure 3.2"),
+        ({"equation": SAMPLE["equation"].replace("3.1", "4.1")}, "equation 4.1"),
+        ({"exercise": SAMPLE["exercise"].replace("e 3.1", "e 3.7")}, "exercise 3.7"),
+        ({"head": SAMPLE["head"].replace("Figure 3.1", "Figure 3.4")}, "Figure 3.4 is"),
+        ({"head": SAMPLE["head"].replace("again", "anew")}, "no or several #The-loss"),
+        ({"solutions": SAMPLE["solutions"].replace("The-l", "the-l")}, "no or several"),
+        ({"caption": "A line."}, "figure without caption"),
+        ({"code": SAMPLE["code"] + "\n#"}, ""),
+        ({"code": '#| fig-cap: "A"\n' + SAMPLE["code"]}, "write the caption below"),
+        ({"code": "plot()"}, "figure without caption"),
+        ({"solutions": "## Solutions"}, "ex-a and sol-a"),
+        (
+            {"solutions": SAMPLE["solutions"].replace("<details>", "")},
+            "without details",
+        ),
+        ({"more": '<a id="eq-a"></a>text'}, "two anchors eq-a"),
+        ({"more": "## Größe\n\n[size](#Größe)"}, "put an anchor"),
+    ],
+)
+def test_what_is_wrong_in_a_chapter_is_found(changes, complaint, tmp_path, monkeypatch):
+    monkeypatch.setattr(markup, "NOTEBOOKS", tmp_path)
+    write_chapter(tmp_path, **changes)
+    found = complaints()
+    assert bool(found) == bool(complaint), found
+    assert any(complaint in problem for problem in found) or not complaint
+
+
+def test_code_that_jupyter_does_not_fold_is_found_and_folded(tmp_path, monkeypatch):
+    monkeypatch.setattr(markup, "NOTEBOOKS", tmp_path)
+    file = write_chapter(tmp_path, code="#| code-fold: true\n" + SAMPLE["code"])
+    file.write_text(file.read_text().replace('"outputs_hidden": true', '"x": 1'))
+    assert [problem.split("]")[0] for problem in complaints()] == [
+        "03_sample.ipynb [code",
+        "03_sample.ipynb [hidden",
+    ]
+    markup.main()
+    assert complaints() == []
+    cells = {cell["id"]: cell for cell in json.loads(file.read_text())["cells"]}
+    assert cells["code"]["metadata"]["jupyter"] == {"source_hidden": True}
+    assert markup.folds({"hide": ""}, False) == markup.folds({}, True)
+    assert markup.folds({"hide_output": ""}, False) == {"outputs_hidden": True}
+
+
+def test_numbers_are_put_in_order_with_the_links_to_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(markup, "NOTEBOOKS", tmp_path)
+    new = '<a id="fig-new"></a>**Figure 3.99.** Another.'
+    file = write_chapter(tmp_path, head=SAMPLE["head"] + "; [figure 3.99](#fig-new)")
+    cells = json.loads(file.read_text())["cells"]
+    cells[1:1] = [cells[1], cells[2] | {"source": [new]}]  # before the other figure
+    file.write_text(json.dumps({"cells": cells}), "utf-8")
+    assert len(complaints()) == 4
+    markup.main()
+    assert complaints() == []
+    text = file.read_text()
+    assert "[Figure 3.2](#fig-a)" in text and "[figure 3.1](#fig-new)" in text
+
+
+def test_headings_are_spelled_as_jupyter_spells_their_anchors():
+    from plain import slug
+
+    assert slug("Adam, by hand") == "Adam,-by-hand"
+    assert slug("The `code` of *this*") == "The-code-of-this"
+
+
+def test_the_site_gets_what_plain_markdown_cannot_say():
+    from plain import to_myst
+
+    assert to_myst(SAMPLE["equation"]) == "(eq-a)=\n\n$$ x = 1\n$$ (eq-a)"
+    told = to_myst("a\n\n> **Takeaway.** One.\n>\n> Two.\n\nb")
+    inside = ":::::{admonition} Takeaway\n:class: tip\n\nOne.\n\nTwo.\n:::::"
+    assert told == f"a\n\n{inside}\n\n\nb"
+    told = to_myst(SAMPLE["exercise"] + "\n\n```\n# no heading\n```\n\n## Next")
+    assert told.startswith("(ex-a)=\n:::::{admonition} Exercise 3.1 ★★: Why?")
+    assert told.endswith("# no heading\n```\n:::::\n\n## Next")
+    assert "details" not in to_myst(SAMPLE["solutions"])
+    untouched = (
+        "```\n> **Bold.** code\n```\n\n> a quote\n\n<details>\n\nb\n\n</details>"
+    )
+    assert to_myst(untouched) == untouched
+
+
+def test_the_caption_below_a_figure_becomes_its_caption():
+    import nbformat
+    from nbdev_reader import read
+
+    notebook = nbformat.v4.new_notebook()
+    for name in ("code", "caption"):
+        make = nbformat.v4.new_code_cell
+        make = nbformat.v4.new_markdown_cell if name == "caption" else make
+        notebook.cells.append(make(SAMPLE[name]))
+    (cell,) = read(nbformat.writes(notebook)).cells
+    assert cell.source == "plot()"
+    assert cell.metadata["mystnb"] == {
+        "image": {"alt": "A line."},
+        "figure": {"caption": "A line.", "name": "fig-a"},
+    }

@@ -653,8 +653,6 @@ def test_compile_is_an_option_on_the_cpu(base_dir, tiny, monkeypatch):
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_on_the_cpu_learns_the_same(base_dir, tiny, monkeypatch):
-    # A cache of its own: a killed run may have left half a library in the common one.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base_dir / "compiled"))
     tiny |= {"num_iterations": 3, "eval_tokens": 128}
     main(BaseConfig(**tiny, tag="plain"))
     plain = losses(base_dir)

@@ -36,6 +36,7 @@ def module(
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(600)
 def test_planted_mistakes_are_found(tmp_path):
     planted = tmp_path / "planted.py"
@@ -49,6 +50,7 @@ def test_planted_mistakes_are_found(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.timeout(600)
 def test_the_stub_is_compared_with_the_compiled_crate(tmp_path):
     stub = (ROOT / "rustbpe.pyi").read_text()

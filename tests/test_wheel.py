@@ -40,6 +40,7 @@ JOURNEY = [
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.build,
     pytest.mark.skipif(not shutil.which("cargo"), reason="there is no cargo"),
 ]
 

@@ -8,6 +8,7 @@ them from the printed code and heads each exported cell with its module's file n
 import re
 
 import nbformat
+from plain import translate
 
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*([\w-]+):?\s*(.*?)\s*$")
 # The directive on the left gives a cell the tags on the right.
@@ -64,11 +65,14 @@ def read(text: str) -> nbformat.NotebookNode:
             tags.append("remove-cell")
         if "fig-cap" in found:
             figure = {"caption": found["fig-cap"], "name": found.get("label", "")}
-            image = {"alt": found.get("fig-alt", found["fig-cap"])}
-            cell.metadata["mystnb"] = {"figure": figure, "image": image}
+            cell.metadata["mystnb"] = {"figure": figure}
+        if "fig-alt" in found:
+            style = cell.metadata.setdefault("mystnb", {})
+            style["image"] = {"alt": found["fig-alt"]}
 
         # A reader of the page sees where the code goes.
         if file := module_file(found, default):
             code = f"# {file}\n{code}"
         cell.source = code
+    translate(notebook)
     return notebook
