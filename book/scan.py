@@ -57,7 +57,6 @@ ALLOWED = {
     ("206544b4", "not a number"): "2: log of a softmax underflows, which is the lesson",
     ("d8cec29d", "not a number"): "2: without smoothing a row of zeros is divided by 0",
     ("36a3b6c6", "not a number"): "5: a mask upside down leaves a row without a key",
-    ("dfddc254", "2,048 in prose"): "3: the size of a vocabulary, beside an id in it",
     ("8ec0a2fb", "4.63 in prose"): "3: a published figure, beside our own",
     ("8ec0a2fb", "4.77 in prose"): "3: a published figure, beside our own",
     ("8ec0a2fb", "2.46 in prose"): "3: a published figure, beside our own",

@@ -1033,7 +1033,7 @@ def write_chats(out: Path, name: str, train: list[Chat], test: list[Chat]) -> di
 
 def write_text(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     print(f"wrote  {path.name}: {len(lines)} lines, {path.stat().st_size:,} bytes")
 
 
@@ -1381,7 +1381,7 @@ def make_manifest(out: Path, pretrain: dict, chat: dict, evals: dict) -> None:
         "files": files,
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    (out / "manifest.json").write_text(text, encoding="utf-8")
+    (out / "manifest.json").write_text(text, encoding="utf-8", newline="\n")
     print(f"total  {manifest['total_bytes']:,} bytes in {len(files)} files")
 
 

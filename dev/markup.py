@@ -23,8 +23,6 @@ from plain import CAPTION, slug
 
 # Chapters that still have MyST's markup; nothing here is said of them.
 UNCONVERTED = {
-    "01_introduction",
-    "02_mathematical_foundations",
     "03_tokenization",
     "04_transformer_architecture",
     "05_attention_mechanism",

@@ -130,13 +130,6 @@ def check_sizes(c: GPTConfig) -> None:
     if c.n_head % c.n_kv_head:
         raise ValueError(f"n_kv_head={c.n_kv_head} must divide n_head={c.n_head}")
 
-# %% ../nbs/04_transformer_architecture.ipynb #04ff0e72
-# GPTConfig fields that differ from the default model.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "modern": {"window_pattern": "SSSL", "value_embeds": True, "stream_scalars": True},
-}
-
 # %% ../nbs/04_transformer_architecture.ipynb #1d5c04d3
 class MLP(nn.Module):
     "Two linear layers with a squared ReLU between them (So et al., 2021)."
@@ -337,7 +330,7 @@ def embed(
     x = model.transformer.wte(idx).to(model.dtype)
     return rms_norm(x, model.config.norm_eps)
 
-
+# %% ../nbs/04_transformer_architecture.ipynb #c4b00012
 def smear(
     model: "GPT",
     x: Tensor,  # (B, T, C) embeddings of the new tokens
@@ -355,7 +348,7 @@ def smear(
     gate = model.smear_gate(x[..., : model.config.smear_inputs]).sigmoid()
     return x + model.smear_lambda.to(x.dtype) * gate * before
 
-
+# %% ../nbs/04_transformer_architecture.ipynb #c4b00013
 def weigh(
     model: "GPT",
     layer: int,
@@ -369,7 +362,7 @@ def weigh(
     again = model.x0_lambdas[layer].to(x.dtype)
     return scale * x + again * start
 
-
+# %% ../nbs/04_transformer_architecture.ipynb #c4b00014
 def extra_values(
     model: "GPT",
     layer: int,
@@ -380,7 +373,7 @@ def extra_values(
         return None
     return model.value_embeds[str(layer)](idx).to(model.dtype)
 
-
+# %% ../nbs/04_transformer_architecture.ipynb #c4b00015
 def take_back(
     model: "GPT",
     x: Tensor,  # (B, T, C) stream after the last layer
@@ -455,3 +448,10 @@ def generate(
             [ids, sample_next(logits, temperature, top_k, generator)], dim=1
         )
         yield int(ids[0, -1])
+
+# %% ../nbs/04_transformer_architecture.ipynb #04ff0e72
+# GPTConfig fields that differ from the default model.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "modern": {"window_pattern": "SSSL", "value_embeds": True, "stream_scalars": True},
+}

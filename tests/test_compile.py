@@ -98,7 +98,9 @@ def test_compiled_equals_eager_in_eight_bits():
 @needs_compiler
 @pytest.mark.timeout(300)
 def test_generated_kernels_have_the_gradients_of_eager():
-    wrong, said = check_compiled(replace(SHAPE, n_layer=1, **LATER), CPU, torch.bfloat16)
+    wrong, said = check_compiled(
+        replace(SHAPE, n_layer=1, **LATER), CPU, torch.bfloat16
+    )
     assert not wrong and "worst" in said
 
 

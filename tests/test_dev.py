@@ -71,7 +71,7 @@ def test_every_script_is_run_somewhere():
             assert re.search(calls, here), f"{script}: no test runs it"
 
 
-def test_cells_that_cannot_run_twice_are_found(tmp_path):
+def test_cells_that_cannot_run_twice_are_found(tmp_path, run):
     assert "appendix_notation.ipynb: 0" in run("twice", "nbs/appendix_notation.ipynb")
     twice = load("twice")
     file = tmp_path / "a.ipynb"
@@ -299,7 +299,7 @@ def make(made: Path) -> None:
     "Write a folder as make_data.py does."
     make_data = load("make_data")
     (made / "chat").mkdir(parents=True)
-    (made / "chat" / "identity.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (made / "chat" / "identity.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n')
     make_data.make_manifest(made, {"validation": "none"}, {}, {})
 
 

@@ -332,7 +332,7 @@ def test_b_absent_key_value_heads_are_as_many_as_query_heads(tmp_path):
 
 def test_b_merges_are_read_in_both_spellings(copy):
     "Older files write a merge as one string; the tokenizers library reads both."
-    record = json.loads((copy / "tokenizer.json").read_text())
+    record = json.loads((copy / "tokenizer.json").read_text("utf-8"))
     pairs = record["model"]["merges"]
     record["model"]["merges"] = [" ".join(pair) for pair in pairs]
     (copy / "tokenizer.json").write_text(json.dumps(record))

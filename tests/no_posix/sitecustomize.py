@@ -101,7 +101,8 @@ def is_ours(file: str | None) -> bool:
 def callers(depth: int) -> list[str]:
     "Return the files whose code the nearest frames run, the innermost first."
     found = []
-    frame: FrameType | None = sys._getframe(2)
+    # None where Python itself opens the file that it is told to run.
+    frame: FrameType | None = sys._getframe(1).f_back
     while frame is not None and len(found) < depth:
         found.append(frame.f_code.co_filename)
         frame = frame.f_back

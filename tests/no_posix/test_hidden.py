@@ -63,6 +63,16 @@ def test_processes_that_are_started_find_it_hidden_too():
     assert Path(done.stdout.strip()).parent == ROOT / "tests" / "no_posix"
 
 
+def test_a_file_can_be_run_as_a_program(tmp_path):
+    "Python opens it before there is any frame whose file could be looked at."
+    path = tmp_path / "program.py"
+    path.write_text("import os; print(os.name)", "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "posix"  # not ours, so it is not deceived
+
+
 def test_the_default_encoding_is_that_of_windows(tmp_path):
     path = tmp_path / "file"
     path.write_text("é")
