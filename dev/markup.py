@@ -22,9 +22,7 @@ from nbdev_reader import split_directives
 from plain import CAPTION, slug
 
 # Chapters that still have MyST's markup; nothing here is said of them.
-UNCONVERTED = {
-    "06_training_process",
-}
+UNCONVERTED: set[str] = set()
 
 RAW = {  # what JupyterLab and GitHub would show as it stands: its pattern
     "a role": r"\{[a-z][\w:+-]*\}``",
