@@ -17,7 +17,6 @@ BUILD = HERE / "_build"
 sys.path.insert(0, str(HERE / "_ext"))
 # A backend set in the environment, such as agg, would keep figures out of the outputs.
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-import author_year  # noqa: F401 (registers the bibliography's style)
 
 project = "nanochat: the book"
 author = "The nanochat book authors"
@@ -28,8 +27,6 @@ extensions = [
     "sphinx_external_toc",
     "sphinx_multitoc_numbering",
     "sphinx_design",
-    "sphinxcontrib.bibtex",
-    "sphinx_exercise",
     "sphinx_copybutton",
     "sphinx_togglebutton",
 ]
@@ -79,7 +76,7 @@ profile.mkdir(parents=True, exist_ok=True)
     "c.IPKernelApp.log_level = 40\n"
 )
 
-# ---- Text, numbers and citations.
+# ---- Text and numbers.
 myst_enable_extensions = [
     "amsmath",
     "attrs_block",
@@ -91,15 +88,11 @@ myst_enable_extensions = [
 myst_heading_anchors = 4
 myst_heading_slug_func = "plain.slug"
 myst_ref_domains = ["std"]  # an equation has a target of its own
-bibtex_bibfiles = [str(HERE / "references.bib")]
-bibtex_default_style = "author_year"
-bibtex_reference_style = "author_year"
 numfig = True
 numfig_format = {"figure": "Figure %s"}
 math_numfig = True
 numfig_format = {"figure": "Figure %s"}
 numfig_secnum_depth = 1
-math_eqref_format = "Eq. ({number})"
 
 # ---- HTML.
 html_theme = "sphinx_book_theme"
@@ -141,13 +134,6 @@ def copy_mathjax(app, error):
         shutil.copytree(source / part, target / part, dirs_exist_ok=True)
 
 
-def share_visitors(app):
-    "Let singlehtml use html's visitors too, which sphinx-exercise's own would hide."
-    handlers = app.registry.translation_handlers
-    handlers["singlehtml"] = handlers.get("html", {}) | handlers.get("singlehtml", {})
-
-
 def setup(app):
-    "Register the two hooks above."
-    app.connect("builder-inited", share_visitors)
+    "Register the hook above."
     app.connect("build-finished", copy_mathjax)

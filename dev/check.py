@@ -307,10 +307,6 @@ def bibliography_is_sound() -> list[str]:
     problems = [
         f"{key}: twice in references.bib" for key in keys if keys.count(key) > 1
     ]
-    for file in notebooks():
-        for group in re.findall(r"\{cite:?\w*\}`([^`]+)`", file.read_text("utf-8")):
-            cited = [key.strip() for key in group.split(",")]
-            problems += [f"{file.name} cites {k}" for k in cited if k not in keys]
 
     # What a citation says in brackets is the label of the work.
     names = bibliography.labels(bibliography.load())

@@ -21,9 +21,6 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from nbdev_reader import split_directives
 from plain import CAPTION, slug
 
-# Chapters that still have MyST's markup; nothing here is said of them.
-UNCONVERTED: set[str] = set()
-
 RAW = {  # what JupyterLab and GitHub would show as it stands: its pattern
     "a role": r"\{[a-z][\w:+-]*\}``",
     "a directive": r"(?m)^\s*(?::{3,}|`{3,}|~{3,})\{[\w:-]+\}",
@@ -67,10 +64,9 @@ def prose(file: Path) -> Iterator[tuple[str, str]]:
             yield cell["id"], FENCED.sub("", source(cell))
 
 
-def converted() -> list[Path]:
-    "Return the notebooks and pages that are held to this."
-    files = [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("*.md")]
-    return sorted(file for file in files if file.stem not in UNCONVERTED)
+def pages() -> list[Path]:
+    "Return the notebooks and the other pages."
+    return sorted([*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("*.md")])
 
 
 def raw(text: str) -> list[str]:
@@ -87,7 +83,7 @@ def raw(text: str) -> list[str]:
 def markup_is_plain() -> list[str]:
     "JupyterLab and GitHub show no role, directive or label of a chapter."
     problems = []
-    for file in converted():
+    for file in pages():
         for name, text in prose(file):
             problems += [f"{file.name} [{name}] {told}" for told in raw(text)]
     return problems
@@ -123,8 +119,8 @@ def numbers_are_in_order() -> list[str]:
     "Figures, equations, exercises and solutions count from 1, and links say their number."
     problems = []
     # The order of the cells decides what each number is, a link's anchor which one is meant.
-    right = {file: right_numbers(file) for file in converted()}
-    for file in converted():
+    right = {file: right_numbers(file) for file in pages()}
+    for file in pages():
         for anchor, kind, number in numbered(file):
             if number != right[file][anchor]:
                 problems.append(f"{file.name}: {kind} {number} ({anchor})")
@@ -132,8 +128,6 @@ def numbers_are_in_order() -> list[str]:
             for words, path, anchor in LINK.findall(text):
                 number = right.get(resolve(file, path), {}).get(anchor, "")
                 said = REFERENCE.fullmatch(words)
-                if resolve(file, path).stem in UNCONVERTED:
-                    continue
                 if said and said[2] != number:
                     problems.append(f"{file.name}: {words} is {number or 'nowhere'}")
     remedy = "run python dev/markup.py"
@@ -172,14 +166,14 @@ def anchors(file: Path) -> list[str]:
 def every_link_leads_somewhere() -> list[str]:
     "A link names a file, and a heading or an anchor that occurs in it once."
     problems = []
-    known = {file: anchors(file) for file in converted()}
+    known = {file: anchors(file) for file in pages()}
     for file, names in known.items():
         doubles = {x for x in ids(file) if names.count(x) > 1}
         problems += [f"{file.name}: two anchors {x}" for x in sorted(doubles)]
         for _, text in prose(file):
             for _, path, anchor in LINK.findall(text):
                 other = resolve(file, path)
-                if "//" in path or other.stem in UNCONVERTED:
+                if "//" in path:
                     continue
                 if known.get(other, []).count(anchor) != 1:
                     problems.append(f"{file.name}: no or several {path}#{anchor}")
@@ -200,7 +194,7 @@ def ids(file: Path) -> list[str]:
 def figures_have_captions() -> list[str]:
     "A cell with `#| fig-alt` is followed by its caption, and a caption has its figure."
     problems = []
-    for file in converted():
+    for file in pages():
         above = False
         for cell in cells(file):
             caption = cell["cell_type"] == "markdown" and CAPTION.fullmatch(
@@ -248,7 +242,7 @@ def folding(cell: dict) -> dict:
 def code_is_folded() -> list[str]:
     "JupyterLab folds what the site folds, and the code and outputs of solutions."
     problems = []
-    for file in converted():
+    for file in pages():
         for cell, right in folded(cells(file)):
             if folding(cell) != right:
                 place = f"{file.name} [{cell['id']}]"
@@ -259,7 +253,7 @@ def code_is_folded() -> list[str]:
 def exercises_have_solutions() -> list[str]:
     "Each exercise has a solution at the end, whose text is folded."
     problems = []
-    for file in converted():
+    for file in pages():
         asked = {a[3:] for a, kind, _ in numbered(file) if kind == "exercise"}
         solved = {a[4:] for a, kind, _ in numbered(file) if kind == "solution"}
         problems += [f"{file.name}: ex-{x} and sol-{x}" for x in asked ^ solved]
@@ -282,7 +276,7 @@ CHECKS = [
 
 def main() -> None:
     "Number everything anew, and fold code."
-    right = {file: right_numbers(file) for file in converted()}
+    right = {file: right_numbers(file) for file in pages()}
     for file in right:
         if file.suffix == ".md":
             continue

@@ -193,7 +193,7 @@ def test_outputs_come_from_the_cache_that_sphinx_leaves(tmp_path, monkeypatch):
 
 
 def test_the_folder_is_the_one_that_the_build_uses():
-    pytest.importorskip("sphinxcontrib.bibtex")
+    pytest.importorskip("myst_nb")
     before = dict(os.environ)
     folder = scan.cache_folder()
     assert dict(os.environ) == before

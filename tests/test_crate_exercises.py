@@ -19,8 +19,7 @@ def solutions() -> dict[str, str]:
     "Return the diffs that the chapter prints, by the exercise's label."
     cells = json.loads(CHAPTER.read_text("utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells)
-    start = r"(?::::\{solution\} ex-|### Solution )"  # before and after the conversion
-    boxes = re.findall(rf"{start}(\S+)(.*?)\n(?::::|</details>)", text, re.S)
+    boxes = re.findall(r"### Solution (\S+)(.*?)\n</details>", text, re.S)
     diffs = {name: re.findall(r"```diff\n(.*?)```", box, re.S) for name, box in boxes}
     return {name: "".join(found) for name, found in diffs.items() if found}
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "dev"))
 import markup
 
-CHAPTERS = [file.stem for file in markup.converted() if file.suffix == ".ipynb"]
+CHAPTERS = [file.stem for file in markup.pages() if file.suffix == ".ipynb"]
 # Those whose cells run here. The others take minutes; `make check` executes them.
 RUN = [name for name in ("appendix_notation", "01_introduction") if name in CHAPTERS]
 

@@ -1,7 +1,7 @@
 """Read notebooks for MyST-NB: nbdev's `#|` directives become cell tags and metadata.
 
 The notebooks hold no metadata of the book; this reader translates the comments that
-nbdev knows (`hide`, `export`, `eval`, ...) and Quarto's (`label`, `fig-cap`, ...), removes
+nbdev knows (`hide`, `export`, `eval`, ...) and Quarto's (`code-fold`, `fig-alt`, ...), removes
 them from the printed code and heads each exported cell with its module's file name.
 """
 
@@ -63,12 +63,8 @@ def read(text: str) -> nbformat.NotebookNode:
             tags += TAGS.get(key, []) + TAGS.get(f"{key}={value}", [])
         if not code:
             tags.append("remove-cell")
-        if "fig-cap" in found:
-            figure = {"caption": found["fig-cap"], "name": found.get("label", "")}
-            cell.metadata["mystnb"] = {"figure": figure}
         if "fig-alt" in found:
-            style = cell.metadata.setdefault("mystnb", {})
-            style["image"] = {"alt": found["fig-alt"]}
+            cell.metadata["mystnb"] = {"image": {"alt": found["fig-alt"]}}
 
         # A reader of the page sees where the code goes.
         if file := module_file(found, default):

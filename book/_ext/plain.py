@@ -16,9 +16,7 @@ References are links to a heading (`#Adam-by-hand`, spelled as JupyterLab spells
 of a heading) or to such a target; neither needs a translation.
 """
 
-import json
 import re
-from pathlib import Path
 
 ANCHOR = re.compile(r'<a id="([\w.-]+)"></a>\s*')
 CAPTION = re.compile(
@@ -32,7 +30,6 @@ NUMBERED = re.compile(
 )
 FOLD = re.compile(r"</?details>|<summary>.*</summary>")
 KINDS = {"Warning": "warning", "Note": "note"}  # all other boxes are tips
-LABELS = Path(__file__).with_name("labels.json")
 
 
 def slug(heading: str) -> str:
@@ -146,26 +143,6 @@ def open_solutions(cells: list) -> None:
             cell["metadata"]["tags"].remove("hide-input")
 
 
-def with_old_labels(cells: list) -> None:
-    "Give headings the labels that chapters refer to which are not converted yet."
-    if not LABELS.exists():
-        return
-    first = cells[0]["source"].split("\n")[0]
-    known = {}
-    for chapter in json.loads(LABELS.read_text("utf-8"))["chapters"].values():
-        if chapter["title"] == first:
-            known = {heading: label for label, heading in chapter["labels"].items()}
-
-    # One label above each heading; headings with the same words have none.
-    def labeled(found: re.Match) -> str:
-        label = known.get(found[2])
-        return f"({label})=\n{found[0]}" if label else found[0]
-
-    for cell in cells:
-        if cell["cell_type"] == "markdown":
-            cell["source"] = re.sub(r"(?m)^(#+) (.*)$", labeled, cell["source"])
-
-
 def translate(notebook) -> None:
     "Translate the Markdown of a notebook."
     notebook.cells = join_captions(notebook.cells)
@@ -173,4 +150,3 @@ def translate(notebook) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = to_myst(cell.source)
-    with_old_labels(notebook.cells)

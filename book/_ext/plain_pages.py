@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from docutils import nodes
-from plain import LABELS, SOLUTION, to_myst
+from plain import SOLUTION, to_myst
 from sphinx.transforms import SphinxTransform
 
 
@@ -30,8 +30,6 @@ def read_page(app, docname, source) -> None:
     "Translate a page that is no notebook."
     if Path(app.env.doc2path(docname)).suffix == ".md":
         source[0] = to_myst(source[0])
-    if docname == "bibliography" and LABELS.exists():  # for roles of old chapters
-        source[0] += "\n\n```{bibliography}\n```\n"
 
 
 def setup(app):
