@@ -76,7 +76,7 @@ bench: setup ## measure tokenizer crate and model, alone and against their peers
 #   optim_bench.json            python dev/bench_optim.py              not measured
 #   rustbpe.md                  python dev/bench_tokenizers.py         not measured
 #   rustbpe_ablation.md         python dev/ablate_crate.py             not measured
-#   tokenizer_compression.json  python dev/tokenizer_compression.py    not measured
+#   tokenizer_compression.json  python dev/tokenizer_compression.py    15 seconds
 # A card makes one more, gpu.json: python dev/gpu.py, about seven minutes. REFERENCES is the folder
 # of OpenAI's two .tiktoken files. Finished runs of ablation and race are looked up in WORK.
 RECORDS := dev/records

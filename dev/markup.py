@@ -23,11 +23,8 @@ from plain import CAPTION, slug
 
 # Chapters that still have MyST's markup; nothing here is said of them.
 UNCONVERTED = {
-    "03_tokenization",
     "04_transformer_architecture",
-    "05_attention_mechanism",
     "06_training_process",
-    "10_rust_implementation",
 }
 
 RAW = {  # what JupyterLab and GitHub would show as it stands: its pattern

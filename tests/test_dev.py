@@ -71,6 +71,7 @@ def test_every_script_is_run_somewhere():
             assert re.search(calls, here), f"{script}: no test runs it"
 
 
+@pytest.mark.slow
 def test_cells_that_cannot_run_twice_are_found(tmp_path, run):
     assert "appendix_notation.ipynb: 0" in run("twice", "nbs/appendix_notation.ipynb")
     twice = load("twice")

@@ -662,20 +662,20 @@ def test_pretrained_definitions_are_openais(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "ids"),
+    ("name", "size", "bos", "ids"),
     [
-        ("gpt2", 50_257, [15496, 11, 2159, 0]),
-        ("cl100k_base", 100_258, [9906, 11, 4435, 0]),
+        ("gpt2", 50_257, 50_256, [15496, 11, 2159, 0]),
+        ("cl100k_base", 100_277, 100_257, [9906, 11, 4435, 0]),  # ids up to 100,276
     ],
 )
-def test_openai_vocabularies(name, size, ids):
+def test_openai_vocabularies(name, size, bos, ids):
     folder = os.environ.get("NANOCHAT_TOKENIZERS", get_base_dir() / "tokenizers")
     if not list(Path(folder).glob("*.tiktoken")):
         pytest.skip(f"no .tiktoken files in {folder}; set NANOCHAT_TOKENIZERS")
     peer = RustBPETokenizer.from_pretrained(name, folder)
     assert peer.get_vocab_size() == size
     assert peer.encode("Hello, World!") == ids
-    assert peer.get_bos_token_id() == size - 1
+    assert peer.get_bos_token_id() == bos
     ranks = {token: rank for rank, token in enumerate(peer.ranks)}
     text = DOCS[0] + DOCS[1]
     assert encode_bpe(text, ranks, peer.pattern) == peer.encode(text)
