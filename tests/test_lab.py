@@ -20,6 +20,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.build,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium"),
 ]
 
@@ -68,6 +69,7 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     for name in ("nbs", "book/widgets", "dev/records"):
         shutil.copytree(ROOT / name, home / name)
+    (home / "nanochat").symlink_to(ROOT / "nanochat")  # chapter 1 counts its lines
 
     # A page of news would cover the text, and cells out of sight would not be rendered.
     settings = home / "settings" / "@jupyterlab"
