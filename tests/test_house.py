@@ -207,6 +207,21 @@ def test_headings_are_spelled_as_jupyter_spells_their_anchors():
     assert slug("The `code` of *this*") == "The-code-of-this"
 
 
+def test_the_glossary_is_in_order_and_each_entry_leads_to_a_chapter():
+    page = markup.NOTEBOOKS / "appendix_glossary.ipynb"
+    text = "\n\n".join(text for _, text in markup.prose(page))
+    terms = []
+    lost = []
+    for entry in text.split("\n### ")[1:]:
+        terms.append(entry.split("\n")[0].casefold())
+        # That the section exists is a matter of `markup.every_link_leads_somewhere`.
+        links = [path for _, path, _ in markup.LINK.findall(entry)]
+        if not any(path[:2].isdigit() for path in links):
+            lost.append(terms[-1])
+    assert lost == [], "no link to a section of a chapter"
+    assert terms == sorted(set(terms))
+
+
 def test_the_site_gets_what_plain_markdown_cannot_say():
     from plain import to_myst
 
