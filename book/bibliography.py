@@ -6,6 +6,7 @@ A chapter cites with a link: `([Polyak, 1964](bibliography.md#polyak1964methods)
 stands in the brackets is the work's label here; dev/check.py compares the two.
 """
 
+import argparse
 from pathlib import Path
 
 from pybtex.database import Entry, Person, parse_file
@@ -123,4 +124,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

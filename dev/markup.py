@@ -9,6 +9,7 @@ command above puts the numbers in order, in the links to them as well. It also t
 JupyterLab which cells to fold: those that the site folds, and all code of solutions.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -276,6 +277,8 @@ CHECKS = [
 
 def main() -> None:
     "Number everything anew, and fold code."
+    # It takes no arguments: a name that is given is refused, not ignored.
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     right = {file: right_numbers(file) for file in pages()}
     for file in right:
         if file.suffix == ".md":

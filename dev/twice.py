@@ -57,8 +57,14 @@ def main() -> int:
     "Check the notebooks of the command line."
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebooks", type=Path, nargs="+")
+    files = parser.parse_args().notebooks
+
+    # All names first: a chapter takes minutes.
+    for file in files:
+        if not file.is_file():
+            parser.error(f"there is no notebook {file}")
     failed = 0
-    for file in parser.parse_args().notebooks:
+    for file in files:
         began = time.perf_counter()
         problems = twice(file.resolve())
         failed += len(problems)

@@ -90,6 +90,21 @@ def test_cells_that_cannot_run_twice_are_found(tmp_path, run):
         assert [x.partition("Error")[0] + "Error" for x in found] == told
 
 
+@pytest.mark.parametrize(
+    ("path", "argument", "told"),
+    [
+        ("dev/twice.py", "nbs/nope.ipynb", "there is no notebook nbs/nope.ipynb"),
+        ("dev/markup.py", "nope", "unrecognized arguments: nope"),
+        ("book/bibliography.py", "nope", "unrecognized arguments: nope"),
+    ],
+)
+def test_a_wrong_argument_is_refused(script, path, argument, told):
+    done = script(path, argument)
+    assert (
+        done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    )
+
+
 def test_the_makefile_remakes_every_record():
     text = (ROOT / "Makefile").read_text("utf-8")
     table = dict(re.findall(r"^#   (\S+\.\w+) +((?:python|bash) \S+) ", text, re.M))
